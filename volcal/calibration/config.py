@@ -19,7 +19,7 @@ from ..units import ConfigError, to_utc
 
 # %% auto #0
 __all__ = ['DEFAULT_DTE_EDGES', 'DEFAULT_ABS_DELTA_EDGES', 'Asset', 'UtcTime', 'OptionTypes', 'DteEdges', 'AbsDeltaEdges',
-           'MULTIPLIER_METHODS', 'DEFAULT_BANDS', 'nearest_key', 'ConfigPart', 'SkewConfig', 'BandConfig',
+           'MultiplierMethod', 'DEFAULT_BANDS', 'nearest_key', 'ConfigPart', 'SkewConfig', 'BandConfig',
            'CalibrationFilters', 'HarvestConfig', 'CoreConfig', 'CalibrationConfig', 'load_mapping', 'load_config',
            'config_hash', 'recipe_hash', 'describe_config']
 
@@ -35,17 +35,21 @@ def nearest_key(
 
 def _sentence(model: type[BaseModel], error: Any) -> str:
     """One pydantic failure of `model` in words."""
-    path, value = ".".join(str(part) for part in error["loc"]), error["input"]
+    path, fields = ".".join(str(part) for part in error["loc"]), model.model_fields
     if error["type"] == "extra_forbidden":
-        return f"{path} is not a key of {model.__name__}, so it would change nothing; {nearest_key(str(error['loc'][-1]), list(model.model_fields))}"
-    if error["type"] == "missing":
-        return f"{path} is missing and has no default; add it ({model.model_fields[path].description})"
+        hint = nearest_key(str(error["loc"][-1]), list(fields))
+        return f"{path} is not a key of {model.__name__}, so it would change nothing; {hint}"
     if error["type"] == "value_error":
         return (f"{path}: " if path else "") + str(error["ctx"]["error"])
-    about = model.model_fields[str(error["loc"][0])].description if error["loc"] else None
-    return f"{path} = {value!r}: {error['msg'][0].lower()}{error['msg'][1:]}" + (f"; it is: {about}" if about else "")
+    about = fields[path.split(".")[0]].description if path.split(".")[0] in fields else "see the documentation"
+    if error["type"] == "missing":
+        return f"{path} is missing and has no default; add it ({about})"
+    return f"{path} = {error['input']!r}: {error['msg'].replace('Input should', 'it must')}; it is: {about}"
 
 # %% ../../nbs/30_calibration/30_config.ipynb #83742ced
+_NUMBERS = (int, float, int | None, float | None)
+
+
 class ConfigPart(BaseModel):
     """A frozen piece of configuration; raises `ConfigError` with one sentence per failure."""
 
@@ -56,6 +60,13 @@ class ConfigPart(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise _config_error(type(self), error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in _NUMBERS:
+            raise ValueError(f"{value} is no number, so nothing can be measured with it; write one")
+        return value
 
 
 def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError:
@@ -91,9 +102,15 @@ def _types(value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple, set, frozenset)):
         return value
-    return sorted({str(part).strip().upper()[:1] if str(part).strip().lower() in ("call", "put", "c", "p") else part for part in parts}, key=str)
+    short = {"call": "C", "calls": "C", "c": "C", "put": "P", "puts": "P", "p": "P"}
+    return sorted({short.get(str(part).strip().lower(), str(part)) for part in parts})
 
 # %% ../../nbs/30_calibration/30_config.ipynb #4ef0412d
+def _is_numbers(value: Any) -> bool:
+    """Whether it is a list of numbers (text and yes/no are none)."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value)
+
+
 def _edges(default: tuple[float, ...], upper: float, name: str) -> Any:
     """A reader of bucket edges: None or False = off, True = `default`, else strictly ascending within [0, `upper`]."""
     def read(value: Any) -> Any:
@@ -101,9 +118,10 @@ def _edges(default: tuple[float, ...], upper: float, name: str) -> Any:
             return None
         if value is True:
             return list(default)
-        edges = [float(edge) for edge in value]
-        if len(edges) < 2 or any(b <= a for a, b in zip(edges, edges[1:])) or edges[0] < 0 or edges[-1] > upper:
-            raise ValueError(f"{edges} are not bucket edges, so rows would fall in none or in two; give at least two ascending {name} values in [0, {upper:g}], or true for {list(default)}")
+        edges = [float(edge) for edge in value] if _is_numbers(value) else []
+        if len(edges) < 2 or edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= upper:
+            raise ValueError(f"{value!r} are not bucket edges, so rows would fall in none or in two; "
+                             f"give at least two ascending {name} values in [0, {upper:g}], or true for {list(default)}")
         return edges
     return BeforeValidator(read)
 
@@ -113,7 +131,7 @@ UtcTime = Annotated[datetime, BeforeValidator(_time)]
 OptionTypes = Annotated[list[Literal["C", "P"]], BeforeValidator(_types), Field(min_length=1)]
 DteEdges = Annotated[list[float] | None, _edges(DEFAULT_DTE_EDGES, 10_000.0, "day")]
 AbsDeltaEdges = Annotated[list[float] | None, _edges(DEFAULT_ABS_DELTA_EDGES, 1.0, "|delta|")]
-MULTIPLIER_METHODS = ("vega_weighted", "mean", "atm", "min_mae")
+MultiplierMethod = Literal["vega_weighted", "mean", "atm", "min_mae"]
 
 
 def _ordered(low: float, high: float, names: str = "min_dte and max_dte") -> None:
@@ -140,7 +158,7 @@ class BandConfig(ConfigPart):
     name: str = Field(min_length=1, description="name of the band in the result, e.g. weekly")
     min_dte: float = Field(ge=0, description="first day to expiry of the band, inclusive")
     max_dte: float = Field(ge=0, description="last day to expiry of the band, inclusive")
-    max_samples: int | None = Field(None, ge=0, description="most options of the band per snapshot; 0 = all, none = the config's max_samples")
+    max_samples: int | None = Field(None, ge=0, description="most options of the band per snapshot; 0 = all, none = as the config")
 
     @model_validator(mode="after")
     def _range(self) -> BandConfig:
@@ -158,26 +176,30 @@ DEFAULT_BANDS = (
 class CalibrationFilters(ConfigPart):
     """Which options are liquid enough to count; an unset threshold filters nothing."""
 
-    min_mark_price: float | None = Field(None, ge=0, description="smallest mark price, in the mark's own unit (coin for inverse options, USD for linear ones)")
+    min_mark_price: float | None = Field(None, ge=0, description="smallest mark price, in the mark's own unit: coin or USD")
     min_open_interest: float | None = Field(None, ge=0, description="smallest open interest, contracts")
     min_vega: float | None = Field(None, ge=0, description="smallest vega, USD per vol point")
     max_abs_moneyness: float | None = Field(None, gt=0, description="largest |strike / forward - 1|")
     require_two_sided: bool = Field(False, description="keep only options with both a bid and an ask")
 
 # %% ../../nbs/30_calibration/30_config.ipynb #b3e37808
+def _data_root() -> str:
+    return get_settings().data_root
+
+
 class HarvestConfig(ConfigPart):
     """Which snapshots of which harvest."""
 
-    data_root: str = Field(default_factory=lambda: get_settings().data_root, min_length=1, description="root of the harvest: a path or an fsspec URL (default: the settings')")
+    data_root: str = Field(default_factory=_data_root, min_length=1, description="root of the harvest: a path or an fsspec URL")
     underlying: Asset | None = Field(None, description="asset folder of the harvest (default: the config's underlying)")
     start_time: UtcTime | None = Field(None, description="first moment of the window, UTC, inclusive; none = the oldest snapshot")
     end_time: UtcTime | None = Field(None, description="last moment of the window, UTC, inclusive; none = the newest snapshot")
     snapshot_step: int = Field(1, ge=1, description="keep every N-th snapshot in time order")
     max_snapshots: int | None = Field(None, ge=0, description="then thin evenly to at most this many; 0 or none = all")
-    price_history: str | None = Field(None, description="Parquet file of candles to measure realized volatility on")
-    forward: Literal["auto", "quoted", "parity"] = Field("auto", description="forward of an expiry: quoted, by put-call parity, or parity only on mismatch (auto)")
-    on_schema_error: Literal["skip", "raise"] = Field("skip", description="a file without the required columns is counted and skipped, or stops the run")
-    expected_step_minutes: float | None = Field(None, gt=0, description="expected spacing of snapshots, minutes; none = the median spacing found")
+    price_history: str | None = Field(None, description="Parquet file of candles for realized vol")
+    forward: Literal["auto", "quoted", "parity"] = Field("auto", description="forward of an expiry; auto: by parity only on mismatch")
+    on_schema_error: Literal["skip", "raise"] = Field("skip", description="what a file without the required columns does to the run")
+    expected_step_minutes: float | None = Field(None, gt=0, description="expected spacing of snapshots; none = the median found")
 
     @field_validator("data_root", "price_history", mode="before")
     @classmethod
@@ -187,7 +209,8 @@ class HarvestConfig(ConfigPart):
     @model_validator(mode="after")
     def _window(self) -> HarvestConfig:
         if self.start_time and self.end_time and self.start_time > self.end_time:
-            raise ValueError(f"start_time {self.start_time.isoformat()} is after end_time {self.end_time.isoformat()}, so the window is empty; swap them")
+            raise ValueError(f"start_time {self.start_time.isoformat()} is after end_time {self.end_time.isoformat()}, "
+                             "so the window is empty; swap them")
         return self
 
 # %% ../../nbs/30_calibration/30_config.ipynb #392492d0
@@ -200,7 +223,7 @@ class CoreConfig(ConfigPart):
     iv_multiplier: float = Field(1.0, gt=0, le=10, description="multiplier on realized vol of the surface to judge")
     default_iv: float = Field(0.6, gt=0, le=10, description="volatility used where realized vol is not trusted, decimal (0.6 = 60 %)")
     rv_window_days: float = Field(7, gt=0, description="window of realized volatility, days")
-    risk_free_rate: float = Field(0.0, ge=-1, le=1, description="annual rate, decimal, continuously compounded; discounts linear options only")
+    risk_free_rate: float = Field(0.0, ge=-1, le=1, description="annual rate, decimal, continuous; discounts linear options only")
     max_samples: int | None = Field(80, ge=0, description="most options per snapshot after filters; 0 or none = all")
     skew: SkewConfig = Field(default_factory=SkewConfig, description="where the skew applies")
 
@@ -219,7 +242,7 @@ class CalibrationConfig(CoreConfig):
     return_rows: bool = Field(True, description="keep a sample of the rows in the result")
     emit_recommended_vol_surface: bool = Field(True, description="put a ready-to-use vol_surface in the result")
     regimes: str | None = Field(None, description="path of a saved RegimeModel, to report per regime")
-    multiplier_method: Literal["vega_weighted", "mean", "atm", "min_mae"] = Field("vega_weighted", description="which candidate is recommended")
+    multiplier_method: MultiplierMethod = Field("vega_weighted", description="vega_weighted, mean, atm or min_mae: the recommended one")
     validation_fraction: float = Field(0.0, ge=0, le=0.9, description="last share of the window, kept out of the fit and measured")
     min_rv_coverage: float = Field(0.5, ge=0, le=1, description="smallest covered share of the RV window at which RV is trusted")
     min_rv_n_eff: float = Field(20, ge=0, description="smallest effective number of returns at which RV is trusted")
@@ -256,7 +279,8 @@ def _check_config(config: CalibrationConfig) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"bands are named {names}, so one would hide another in the result; give each its own name")
     if config.source == "harvested" and config.harvest is None:
-        raise ValueError("source is 'harvested' but there is no harvest section, so nothing can be read; add harvest: {data_root: ...} or use source: live")
+        raise ValueError("source is 'harvested' but there is no harvest section, so nothing can be read; "
+                         "add harvest: {data_root: ...} or use source: live")
     if config.harvest is not None and config.harvest.underlying is None:
         object.__setattr__(config, "harvest", config.harvest.model_copy(update={"underlying": config.underlying}))
 
@@ -275,9 +299,9 @@ def _read_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            return _unique([(self.construct_object(key, deep=True), self.construct_object(value, deep=True)) for key, value in node.value])
+            _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep=deep)
 
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -297,7 +321,7 @@ def load_mapping(
     except (ConfigError, ValueError) as error:
         raise ConfigError(f"config {path}: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"config {path} holds {type(data).__name__}, not keys and values, so nothing was run; see data/configs for examples")
+        raise ConfigError(f"config {path} holds {type(data).__name__}, not keys and values, so nothing was run; see data/configs")
     return data
 
 
@@ -342,17 +366,21 @@ def recipe_hash(
     return _digest(content)
 
 # %% ../../nbs/30_calibration/30_config.ipynb #fc6b188a
+_PARTS: dict[str, type[BaseModel]] = {"skew": SkewConfig, "harvest": HarvestConfig, "bands": BandConfig, "filters": CalibrationFilters}
+
+
+def _describe(model: type[BaseModel], prefix: str) -> list[dict[str, Any]]:
+    """The fields of one model; a part is followed by its own fields."""
+    entries: list[dict[str, Any]] = []
+    for name, field in model.model_fields.items():
+        part = None if prefix else _PARTS.get(name)
+        factory: Any = field.default_factory
+        default = "required" if field.is_required() else "" if part else factory() if factory else field.default
+        entries.append({"field": prefix + name, "default": default, "description": field.description})
+        entries += _describe(part, name + ".") if part else []
+    return entries
+
+
 def describe_config() -> list[dict[str, Any]]:  # one entry per field: field, default, description
     """Every field of `CalibrationConfig` and its parts, in order, nested ones with a dotted name."""
-    parts = {"skew": SkewConfig, "harvest": HarvestConfig, "bands": BandConfig, "filters": CalibrationFilters}
-    entries: list[dict[str, Any]] = []
-
-    def walk(model: type[BaseModel], prefix: str) -> None:
-        for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else "" if name in parts and not prefix else field.get_default(call_default_factory=True)  # type: ignore[call-arg]
-            entries.append({"field": prefix + name, "default": default, "description": field.description})
-            if not prefix and name in parts:
-                walk(parts[name], name + ".")
-
-    walk(CalibrationConfig, "")
-    return entries
+    return _describe(CalibrationConfig, "")

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ['ResultPart', 'anchor_key', 'to_plain', 'frame_to_rows', 'Metrics', 'GlobalMetrics', 'MultiplierCandidates',
            'BucketResult', 'BandResult', 'OptionTypeResult', 'ResidualsSummary', 'LadderRung', 'LiquidityFilters',
            'SkewFit', 'SkewMisfit', 'VolSurfaceDiff', 'SensorValue', 'RegimeEnvironment', 'TimeRange',
-           'Reproducibility', 'ResultCore', 'CalibrationResult', 'result_to_json', 'result_from_json',
-           'vol_surface_yaml', 'result_rows_frame', 'result_summary']
+           'Reproducibility', 'ResultCore', 'ResultViews', 'CalibrationResult', 'result_with_verdict', 'result_to_json',
+           'result_from_json', 'vol_surface_yaml', 'result_rows_frame', 'result_summary']
 
 # %% ../../nbs/30_calibration/35_result.ipynb #894e52ed
 class ResultPart(BaseModel):
@@ -321,7 +321,44 @@ class ResultCore(ResultPart):
     rows_total: int | None = None  # how many there were
 
 # %% ../../nbs/30_calibration/35_result.ipynb #e7ba4a23
-class CalibrationResult(ResultCore):
+class ResultViews:
+    """How a result is read: as JSON, YAML, frame and table."""
+
+    def with_verdict(self, status: str, reason: str) -> Any:
+        """The same result, judged."""
+        return result_with_verdict(self, status, reason)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in JSON."""
+        return self.model_dump(mode="json")  # type: ignore[attr-defined]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Deterministic JSON: sorted keys, null for what is missing, doubles in full."""
+        return result_to_json(self, indent)  # type: ignore[arg-type]
+
+    @staticmethod
+    def from_json(text: str | bytes | Path) -> CalibrationResult:
+        """Read what `to_json` wrote: text, or the path of a file."""
+        return result_from_json(text)
+
+    def to_yaml(self) -> str:
+        """The whole result as YAML, in the order of the fields."""
+        return _yaml(self.to_dict())
+
+    def yaml_block(self) -> str:
+        """The recommended `vol_surface`, ready to paste into a config."""
+        return vol_surface_yaml(self)  # type: ignore[arg-type]
+
+    def rows_frame(self) -> pd.DataFrame:
+        """The sampled rows as a frame, `harvest_time` and `expiry` as UTC times."""
+        return result_rows_frame(self)  # type: ignore[arg-type]
+
+    def summary(self) -> str:
+        """A text table for terminals and logs."""
+        return result_summary(self)  # type: ignore[arg-type]
+
+# %% ../../nbs/30_calibration/35_result.ipynb #8b150b92
+class CalibrationResult(ResultViews, ResultCore):
     """What a calibration found."""
 
     global_metrics: GlobalMetrics | None = None  # of the configured surface
@@ -354,40 +391,16 @@ class CalibrationResult(ResultCore):
     status: Literal["ok", "degraded", "failed"] | None = None
     reason: str | None = None
 
-    def with_verdict(self, status: str, reason: str) -> CalibrationResult:
-        """The same result, judged."""
-        return type(self)(**{**dict(self.items()), "status": status, "reason": reason})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in JSON."""
-        return self.model_dump(mode="json")
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """Deterministic JSON: sorted keys, null for what is missing, doubles in full."""
-        return result_to_json(self, indent)
-
-    @classmethod
-    def from_json(cls, text: str | bytes | Path) -> CalibrationResult:
-        """Read what `to_json` wrote: text, or the path of a file."""
-        return result_from_json(text)
-
-    def to_yaml(self) -> str:
-        """The whole result as YAML, in the order of the fields."""
-        return _yaml(self.to_dict())
-
-    def yaml_block(self) -> str:
-        """The recommended `vol_surface`, ready to paste into a config."""
-        return vol_surface_yaml(self)
-
-    def rows_frame(self) -> pd.DataFrame:
-        """The sampled rows as a frame, `harvest_time` and `expiry` as UTC times."""
-        return result_rows_frame(self)
-
-    def summary(self) -> str:
-        """A text table for terminals and logs."""
-        return result_summary(self)
-
 # %% ../../nbs/30_calibration/35_result.ipynb #88f0cba6
+def result_with_verdict(
+    result: CalibrationResult,
+    status: str,  # ok, degraded or failed
+    reason: str,
+) -> CalibrationResult:
+    """The same result, judged; everything else is unchanged."""
+    return CalibrationResult(**{**dict(result.items()), "status": status, "reason": reason})
+
+
 def result_to_json(
     result: CalibrationResult,
     indent: int | None = 2,  # None for one line
@@ -421,7 +434,8 @@ def vol_surface_yaml(
 ) -> str:  # a `vol_surface:` block
     """The recommended surface as YAML. Raises `ConfigError` when the run recommends none."""
     if result.recommended_vol_surface is None:
-        raise ConfigError("this run recommends no vol_surface; set emit_recommended_vol_surface: true and see the result's reason and events")
+        raise ConfigError("this run recommends no vol_surface, so there is nothing to paste; "
+                          "set emit_recommended_vol_surface: true and see the result's reason and events")
     return _yaml({"vol_surface": result.recommended_vol_surface})
 
 
@@ -456,12 +470,14 @@ def result_summary(
     """The first numbers of a result as a text table."""
     r = result
     head = [
-        f"{r.underlying} {r.source or ''} {_shown(r.min_dte, 0)} to {_shown(r.max_dte, 0)} days, {r.snapshot_count or 0} snapshots, as of {r.as_of or '-'}",
+        f"{r.underlying} {r.source or ''} {_shown(r.min_dte, 0)} to {_shown(r.max_dte, 0)} days, "
+        f"{r.snapshot_count or 0} snapshots, as of {f'{r.as_of:%Y-%m-%d %H:%M} UTC' if r.as_of else '-'}",
         f"multiplier {_shown(r.recommended_iv_multiplier, 3)} (now {_shown(r.iv_multiplier, 3)}), "
         f"RV {_shown(None if r.rv_annualized is None else r.rv_annualized * 100, 1, ' %')} from {r.rv_source or '-'}, "
         f"ATM IV {_shown(None if r.atm_iv is None else r.atm_iv * 100, 1, ' %')}",
     ]
-    parts: list[tuple[str, Metrics | None]] = [("surface now", r.global_metrics), ("recommended", r.recommended_metrics), ("out of sample", r.out_of_sample_metrics)]
+    parts: list[tuple[str, Metrics | None]] = [("surface now", r.global_metrics), ("recommended", r.recommended_metrics)]
+    parts += [("out of sample", r.out_of_sample_metrics)]
     parts += [(f"{band.name} {band.min_dte:g}-{band.max_dte:g} d", band) for band in r.bands]
     parts += [(f"ladder: {rung.name}", rung) for rung in r.error_ladder]
     table = [_METRICS_HEAD] + [_metrics_line(name, part) for name, part in parts if part is not None]
