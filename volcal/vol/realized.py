@@ -5,19 +5,27 @@
 # %% ../../nbs/20_vol/20_realized.ipynb #fbb00075
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numba import njit
 
-from ..units import DAYS_PER_YEAR, NS_PER_DAY, SETTLEMENT_MINUTES, SchemaError, epoch_ns
+from ..units import DAYS_PER_YEAR, NS_PER_DAY, SETTLEMENT_MINUTES, NoUsableDataError, SchemaError, epoch_ns
 
 # %% auto #0
-__all__ = ['PriceSeries', 'from_index', 'from_candles', 'from_forwards', 'RealizedVol', 'realized_vol']
+__all__ = ['log', 'PriceSeries', 'from_index', 'from_candles', 'load_price_history', 'from_forwards', 'RealizedVol',
+           'realized_vol', 'why_untrusted', 'choose_price_series', 'parkinson', 'garman_klass', 'rogers_satchell',
+           'yang_zhang']
 
 # %% ../../nbs/20_vol/20_realized.ipynb #0ab95512
+log = logging.getLogger("volcal.realized")
+_NO_TIME = np.iinfo(np.int64).min
+
+
 @dataclass(frozen=True)
 class PriceSeries:
     """Prices of one underlying from one source, in time order."""
@@ -27,22 +35,29 @@ class PriceSeries:
     source: str  # where the prices came from
     counts: dict[str, int] = field(default_factory=dict)  # points read, and left out by reason
     breaks: np.ndarray | None = None  # (n,) bool, True where no return leads to the point; None: nowhere
-    notes: tuple[str, ...] = ()  # sentences: sources passed over, repairs
+    notes: tuple[str, ...] = ()  # sentences: sources passed over
 
     def __len__(self) -> int:
         return len(self.time_ns)
 
 # %% ../../nbs/20_vol/20_realized.ipynb #2ce99593
+def _as_ns(times: Any) -> np.ndarray:
+    """(n,) int64 nanoseconds, from integers that are nanoseconds already or from datetimes."""
+    values = np.asarray(times)
+    return np.atleast_1d(values).astype(np.int64) if values.dtype.kind in "iu" else epoch_ns(times)
+
+
 def _clean_points(time_ns: np.ndarray, price: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Points in time order, one per instant (the last given wins), positive finite prices only; with counts."""
-    known = time_ns != np.iinfo(np.int64).min
+    """Times and log prices in order, one per instant (the last given wins), positive finite prices only; with counts."""
+    known = time_ns != _NO_TIME
     good = known & np.isfinite(price) & (price > 0)
     time_ns, price = time_ns[good], price[good]
     unsorted = int((np.diff(time_ns) < 0).sum())
     order = np.argsort(time_ns, kind="stable")
     time_ns, price = time_ns[order], price[order]
-    last = np.append(np.diff(time_ns) > 0, True)[: len(time_ns)]
-    counts = {"points": int(len(good)), "dropped_bad_price": int((known & ~good).sum()), "dropped_no_time": int((~known).sum()),
+    last = np.ones(len(time_ns), dtype=bool)
+    last[:-1] = np.diff(time_ns) > 0
+    counts = {"points": len(good), "dropped_bad_price": int((known & ~good).sum()), "dropped_no_time": int((~known).sum()),
               "out_of_order": unsorted, "dropped_duplicate": int((~last).sum())}
     return time_ns[last], np.log(price[last]), counts
 
@@ -52,49 +67,67 @@ def from_index(
     index_price: Any,  # (n,) index price, USD; NaN where a snapshot has none
     source: str = "index_price",  # name of the source
 ) -> PriceSeries:
-    """Prices observed at their own time, such as the index price of each snapshot."""
-    times = _as_ns(time_ns)
-    log_time, log_price, counts = _clean_points(times, np.asarray(index_price, dtype=np.float64))
-    return PriceSeries(log_time, log_price, source, counts)
-
-
-def _as_ns(times: Any) -> np.ndarray:
-    """(n,) int64 nanoseconds from integers that are nanoseconds already, or from datetimes."""
-    values = np.asarray(times)
-    return values.astype(np.int64) if values.dtype.kind in "iu" else epoch_ns(times)
-
-# %% ../../nbs/20_vol/20_realized.ipynb #47a0e1fc
-def from_candles(
-    frame: pd.DataFrame,  # candles with `timestamp` (opening time) and `close`
-    source: str = "candles",  # name of the source
-) -> PriceSeries:
-    """Closing prices at the time they became known: opening time plus candle length (the median spacing)."""
-    missing = [c for c in ("timestamp", "close") if c not in frame.columns]
-    if missing:
-        raise SchemaError(f"candles lack {missing} (columns: {list(frame.columns)}), so no price can be read; give `timestamp` and `close`")
-    opened = _candle_times(frame["timestamp"])
-    times, log_price, counts = _clean_points(opened, frame["close"].to_numpy(dtype=np.float64))
-    length = int(np.median(np.diff(times))) if len(times) > 1 else 0
-    return PriceSeries(times + length, log_price, source, counts)
-
-
-def _candle_times(stamps: pd.Series) -> np.ndarray:
-    """(n,) int64 nanoseconds from datetimes, ISO text, or integers in s, ms, us or ns (decided by magnitude)."""
-    if stamps.dtype.kind in "iuf":
-        values = stamps.to_numpy(dtype=np.float64)
-        size = np.nanmedian(np.abs(values)) if len(values) else 0.0
-        scale = 10**9 if size < 1e11 else 10**6 if size < 1e14 else 10**3 if size < 1e17 else 1
-        known = np.isfinite(values)
-        return np.where(known, np.where(known, values, 0).astype(np.int64) * scale, np.iinfo(np.int64).min)
-    return epoch_ns(stamps)
+    """Prices observed at their own time, such as the index price of each snapshot. Raises `SchemaError` on unequal lengths."""
+    times, prices = _as_ns(time_ns), np.atleast_1d(np.asarray(index_price, dtype=np.float64))
+    if len(times) != len(prices):
+        raise SchemaError(f"{len(times)} times and {len(prices)} index prices make no series; give one price per time (NaN where unknown)")
+    kept, log_price, counts = _clean_points(times, prices)
+    return PriceSeries(kept, log_price, source, counts)
 
 # %% ../../nbs/20_vol/20_realized.ipynb #8cbd41a6
+def _candle_times(stamps: pd.Series) -> np.ndarray:
+    """(n,) int64 nanoseconds, from datetimes, ISO text, or numbers in s, ms, us or ns (decided by magnitude)."""
+    if stamps.dtype.kind not in "iuf":
+        try:
+            return epoch_ns(pd.to_datetime(stamps, utc=True, format="ISO8601"))
+        except (ValueError, TypeError) as error:
+            raise SchemaError(f"`timestamp` cannot be read as times ({error}); give UTC datetimes, ISO text or epoch ms") from error
+    values = stamps.to_numpy(dtype=np.float64)
+    known = np.isfinite(values)
+    size = np.median(np.abs(values[known])) if known.any() else 0.0
+    scale = 10**9 if size < 1e11 else 10**6 if size < 1e14 else 10**3 if size < 1e17 else 1
+    exact = stamps.to_numpy().astype(np.int64) if stamps.dtype.kind in "iu" else np.where(known, values, 0).astype(np.int64)
+    return np.where(known, exact * scale, _NO_TIME)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #09c68e3f
+def from_candles(
+    frame: pd.DataFrame,  # candles with `timestamp` (opening time) and `close`, in any order
+    source: str = "candles",  # name of the source
+) -> PriceSeries:
+    """Closes at the time they became known: opening time + candle length. Raises `SchemaError` naming missing columns."""
+    missing = [c for c in ("timestamp", "close") if c not in frame.columns]
+    if missing:
+        raise SchemaError(f"price history lacks {missing} (it has {list(frame.columns)}), so no price can be read from it; "
+                          "give one row per candle with `timestamp` (opening time, UTC) and `close`")
+    close = pd.to_numeric(frame["close"], errors="coerce").to_numpy(dtype=np.float64)
+    opened, log_price, counts = _clean_points(_candle_times(frame["timestamp"]), close)
+    length = int(np.median(np.diff(opened))) if len(opened) > 1 else 0
+    return PriceSeries(opened + length, log_price, source, counts)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #6ec45617
+def load_price_history(
+    path: str | Path,  # Parquet or CSV, a path or an fsspec URL, with `timestamp` (opening time, UTC) and `close`
+) -> pd.DataFrame:  # the frame as it is, for `from_candles`
+    """Read a price history file. Raises `SchemaError` naming the file and what it lacks."""
+    text = str(path)
+    try:
+        frame = pd.read_csv(text) if text.lower().split("?")[0].endswith((".csv", ".csv.gz")) else pd.read_parquet(text)
+    except Exception as error:
+        raise SchemaError(f"price history {text} cannot be read ({error}), so RV has no source; give a Parquet or CSV file") from error
+    missing = [c for c in ("timestamp", "close") if c not in frame.columns]
+    if missing:
+        raise SchemaError(f"price history {text} lacks {missing} (it has {list(frame.columns)}), so RV has no source; "
+                          "give `timestamp` (opening time, UTC) and `close`")
+    return frame
+
+# %% ../../nbs/20_vol/20_realized.ipynb #a033770c
 @njit(cache=True, nogil=True, error_model="numpy")
-def _chain_kernel(snap, expiry, forward, start):
-    """Chained log price per snapshot: rows sorted by snapshot then expiry, `start` (s + 1,) their offsets; breaks where nothing links."""
+def _chain_kernel(expiry, forward, start):
+    """Chained log price per snapshot; rows sorted by snapshot then expiry, snapshot s in rows start[s] .. start[s + 1] - 1."""
     n = len(start) - 1
-    log_price = np.zeros(n)
-    breaks = np.zeros(n, dtype=np.bool_)
+    log_price, breaks = np.zeros(n), np.zeros(n, dtype=np.bool_)
+    if n > 0:
+        log_price[0] = np.log(forward[start[0]])
     for s in range(1, n):
         i, j = start[s - 1], start[s]
         while i < start[s] and j < start[s + 1] and expiry[i] != expiry[j]:
@@ -102,15 +135,11 @@ def _chain_kernel(snap, expiry, forward, start):
                 i += 1
             else:
                 j += 1
-        linked = i < start[s] and j < start[s + 1]
-        breaks[s] = not linked
-        log_price[s] = log_price[s - 1] + (np.log(forward[j] / forward[i]) if linked else 0.0)
-    if n > 0:
-        first = np.log(forward[start[0]])
-        log_price += first
+        breaks[s] = i == start[s] or j == start[s + 1]
+        log_price[s] = log_price[s - 1] + (0.0 if breaks[s] else np.log(forward[j] / forward[i]))
     return log_price, breaks
 
-# %% ../../nbs/20_vol/20_realized.ipynb #09c68e3f
+# %% ../../nbs/20_vol/20_realized.ipynb #4fc4a09a
 def from_forwards(
     time_ns: Any,  # (n,) int64 nanoseconds UTC (or datetimes): the time of the row's snapshot, the same for all its rows
     expiry: Any,  # (n,) int64 nanoseconds UTC (or datetimes)
@@ -118,20 +147,20 @@ def from_forwards(
     source: str = "nearest_forward",  # name of the source
 ) -> PriceSeries:
     """Returns of the nearest expiry that two consecutive snapshots share, chained: a roll adds no jump."""
-    times, ends, price = _as_ns(time_ns), _as_ns(expiry), np.asarray(forward, dtype=np.float64)
-    nat = np.iinfo(np.int64).min
-    bad = ~(np.isfinite(price) & (price > 0)) | (times == nat) | (ends == nat)
-    late = ~bad & (ends - times <= int(SETTLEMENT_MINUTES * 60e9))
-    keep = ~bad & ~late
-    times, ends, price = times[keep], ends[keep], price[keep]
-    order = np.lexsort((ends, times))
-    times, ends, price = times[order], ends[order], price[order]
-    first = np.append(True, (np.diff(times) != 0) | (np.diff(ends) != 0))[: len(times)]
-    times, ends, price = times[first], ends[first], price[first]
-    snaps, start = np.unique(times, return_index=True)
-    log_price, breaks = _chain_kernel(times, ends, price, np.append(start, len(times)).astype(np.int64))
-    counts = {"points": int(len(keep)), "dropped_bad_price": int(bad.sum()), "dropped_settlement": int(late.sum()), "breaks": int(breaks.sum())}
-    return PriceSeries(snaps, log_price, source, counts, breaks if breaks.any() else None)
+    times, ends, price = _as_ns(time_ns), _as_ns(expiry), np.atleast_1d(np.asarray(forward, dtype=np.float64))
+    if not len(times) == len(ends) == len(price):
+        raise SchemaError(f"{len(times)} times, {len(ends)} expiries and {len(price)} forwards make no series; give one of each per row")
+    bad = ~(np.isfinite(price) & (price > 0)) | (times == _NO_TIME) | (ends == _NO_TIME)
+    late = ~bad & (ends - times <= SETTLEMENT_MINUTES * 60 * 10**9)
+    keep = np.flatnonzero(~(bad | late))
+    keep = keep[np.lexsort((price[keep], ends[keep], times[keep]))]
+    begins = np.flatnonzero(np.append(True, (np.diff(times[keep]) != 0) | (np.diff(ends[keep]) != 0))[: len(keep)])
+    middle = keep[(begins + np.append(begins[1:], len(keep)) - 1) // 2] if len(keep) else keep
+    snapshots, start = np.unique(times[middle], return_index=True)
+    log_price, breaks = _chain_kernel(ends[middle], price[middle], np.append(start, len(middle)))
+    counts = {"points": len(price), "dropped_bad_price": int(bad.sum()), "dropped_settlement": int(late.sum()),
+              "repeated": len(keep) - len(middle), "breaks": int(breaks.sum())}
+    return PriceSeries(snapshots, log_price, source, counts, breaks if breaks.any() else None)
 
 # %% ../../nbs/20_vol/20_realized.ipynb #6d782799
 @dataclass(frozen=True)
@@ -152,7 +181,7 @@ class RealizedVol:
 # %% ../../nbs/20_vol/20_realized.ipynb #b513a7a3
 @njit(cache=True, nogil=True, error_model="numpy")
 def _largest_gap(dt, first, last):
-    """Largest dt[i] for first < i < last, for windows whose ends never go back; a sliding maximum in O(n + m)."""
+    """Largest dt[i] for first < i < last, of windows whose ends never go back: a sliding maximum in O(n + m)."""
     out = np.zeros(len(first))
     queue = np.empty(len(dt) + 1, dtype=np.int64)
     head, tail, done = 0, 0, 0
@@ -170,39 +199,190 @@ def _largest_gap(dt, first, last):
     return out
 
 # %% ../../nbs/20_vol/20_realized.ipynb #5db611a4
+def _window_sums(series: PriceSeries, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(4, m) sums over the returns inside points first .. last - 1: squares, days, squared days, count."""
+    n = len(series)
+    days = np.diff(series.time_ns, prepend=series.time_ns[:1]) / NS_PER_DAY
+    ret = np.diff(series.log_price, prepend=series.log_price[:1])
+    linked = np.ones(n, dtype=bool) if series.breaks is None else ~series.breaks
+    running = np.zeros((4, n + 1))
+    np.cumsum(np.where(linked, np.stack([ret**2, days, days**2, np.ones(n)]), 0.0), axis=1, out=running[:, 1:])
+    return np.where(last - first > 1, running[:, last] - running[:, np.minimum(first + 1, n)], 0.0)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #18282cdd
 def realized_vol(
-    series: PriceSeries,
+    series: PriceSeries,  # prices of one source
     as_of_ns: Any,  # (m,) int64 nanoseconds UTC (or datetimes), in any order
     window_days: float = 7.0,  # days looked back
     min_coverage: float = 0.5,  # share of the window that prices must cover to be trusted
     min_n_eff: float = 20.0,  # effective returns needed to be trusted
 ) -> RealizedVol:  # arrays of (m,)
-    """Square root of the sum of squared log returns over the sum of elapsed years, in (as_of - window, as_of]."""
-    as_of = np.atleast_1d(_as_ns(as_of_ns))
-    order = np.argsort(as_of, kind="stable")
-    first = np.searchsorted(series.time_ns, as_of - int(window_days * NS_PER_DAY), side="right")
-    last = np.searchsorted(series.time_ns, as_of, side="right")
-    gap = np.diff(series.time_ns, prepend=series.time_ns[:1]) / NS_PER_DAY
-    linked = np.ones(len(series), dtype=bool) if series.breaks is None else ~series.breaks
-    ret = np.diff(series.log_price, prepend=series.log_price[:1])
-
-    def total(x):
-        run = np.concatenate(([0.0], np.cumsum(np.where(linked, x, 0.0))))
-        return np.where(last - first > 1, run[last] - run[np.minimum(first + 1, len(series))], 0.0)
-
-    squares, elapsed, squared_time, returns = total(ret**2), total(gap), total(gap**2), total(np.ones(len(series)))
-    largest = np.empty(len(as_of))
-    largest[order] = _largest_gap(gap, first[order], last[order])
-    covered = np.array([series.time_ns[b - 1] - series.time_ns[a] if b > a else 0 for a, b in zip(first, last)]) / NS_PER_DAY
-    return _judge(squares, elapsed, squared_time, returns, covered, largest, window_days, min_coverage, min_n_eff)
-
-
-def _judge(squares, elapsed, squared_time, returns, covered, largest, window_days, min_coverage, min_n_eff) -> RealizedVol:
-    """From sums over the window to the estimate and its trust."""
+    """sqrt(sum of squared log returns / sum of elapsed years) in (as_of - window, as_of], with its trust."""
+    as_of, times = _as_ns(as_of_ns), series.time_ns
+    first = np.searchsorted(times, as_of - int(window_days * NS_PER_DAY), side="right")
+    last = np.searchsorted(times, as_of, side="right")
+    squares, days, squared_days, returns = _window_sums(series, first, last)
+    padded = np.append(times, 0)
+    covered = np.where(last > first, padded[last - 1] - padded[first], 0) / NS_PER_DAY
+    order, largest = np.argsort(as_of, kind="stable"), np.zeros(len(as_of))
+    largest[order] = _largest_gap(np.diff(times, prepend=times[:1]) / NS_PER_DAY, first[order], last[order])
     some = returns > 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        rv = np.where(some, np.sqrt(np.maximum(squares, 0.0) / elapsed * DAYS_PER_YEAR), np.nan)
-        n_eff = np.where(some, elapsed**2 / squared_time, 0.0)
+        rv = np.where(some, np.sqrt(np.maximum(squares, 0.0) / days * DAYS_PER_YEAR), np.nan)
+        n_eff = np.where(some, days**2 / squared_days, 0.0)
         stderr = np.where(some, 1.0 / np.sqrt(2.0 * n_eff), np.nan)
     trusted = some & (covered >= min_coverage * window_days) & (n_eff >= min_n_eff)
     return RealizedVol(rv, returns.astype(np.int64), covered, largest, n_eff, stderr, trusted, window_days, min_coverage, min_n_eff)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #1403e84c
+def why_untrusted(
+    vol: RealizedVol,
+    i: int = -1,  # which of the asked times
+) -> str:  # one sentence; empty where it is trusted
+    """Say why the volatility at one time is not trusted, and what would help."""
+    if vol.trusted[i]:
+        return ""
+    if vol.n_returns[i] == 0:
+        return (f"rv window is {vol.window_days:g} days and holds no return: there is no RV; "
+                "pass harvest.price_history or a longer rv_window_days")
+    covered, needed = vol.covered_days[i], vol.min_coverage * vol.window_days
+    if covered < needed:
+        return (f"rv window is {vol.window_days:g} days but the prices cover {covered:.1f} ({covered / vol.window_days:.0%}): "
+                f"RV is not trusted; pass harvest.price_history or lower min_rv_coverage (now {vol.min_coverage:.2f})")
+    return (f"rv rests on {vol.n_returns[i]} returns worth {vol.n_eff[i]:.1f} even ones (largest gap {vol.largest_gap_days[i]:.1f} days): "
+            f"RV is not trusted; pass harvest.price_history or lower min_rv_n_eff (now {vol.min_n_eff:g})")
+
+# %% ../../nbs/20_vol/20_realized.ipynb #4c363daa
+def _covers(series: PriceSeries, start: int | None, end: int | None) -> bool:
+    """Whether a history spans at least half of [start, end], give or take two of its own steps."""
+    if len(series) < 2:
+        return False
+    if start is None or end is None:
+        return True
+    slack = 2 * float(np.median(np.diff(series.time_ns)))
+    return min(int(series.time_ns[-1]), end) - max(int(series.time_ns[0]), start) >= 0.5 * (end - start) - slack
+
+
+def _span(series: PriceSeries) -> str:
+    """The days that a series covers, for a note."""
+    if len(series) == 0:
+        return "no usable price"
+    first, last = pd.to_datetime(series.time_ns[[0, -1]]).strftime("%Y-%m-%d %H:%M")
+    return f"{first} to {last}"
+
+# %% ../../nbs/20_vol/20_realized.ipynb #bccef151
+def choose_price_series(
+    explicit: pd.DataFrame | None = None,  # the history that the user named, as `load_price_history` reads it
+    history: pd.DataFrame | None = None,  # the backfilled history of the store
+    index: Any = None,  # (times, index prices), one per snapshot, or a frame
+    forwards: Any = None,  # (times, expiries, forwards), one per snapshot and expiry, or a frame
+    start: Any = None,  # first snapshot of the window, nanoseconds or datetime; None: any history will do
+    end: Any = None,  # last snapshot of the window
+) -> PriceSeries:
+    """The first usable source in the order of preference. Raises `NoUsableDataError` when there is none."""
+    span = [None if edge is None else int(_as_ns(edge)[0]) for edge in (start, end)]
+    notes: list[str] = []
+    for frame, name in ((explicit, "price_history"), (history, "history")):
+        if frame is None:
+            continue
+        series, told = from_candles(frame, name), "used as told" if name == "price_history" else "passed over"
+        usable = _covers(series, *span)
+        if not usable:
+            notes.append(f"{name} covers less than half of the window ({_span(series)}): {told}")
+        if usable or name == "price_history":
+            return _chosen(series, notes)
+    return _from_snapshots(index, forwards, notes)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #08f0d925
+def _columns(source: Any, names: tuple[str, ...]) -> list[Any]:
+    """The named columns of a frame, or the arrays themselves."""
+    return [source[name] for name in names] if isinstance(source, pd.DataFrame) else list(source)
+
+
+def _from_snapshots(index: Any, forwards: Any, notes: list[str]) -> PriceSeries:
+    """The index price when at least half of the snapshots have it, else the forwards."""
+    if index is not None:
+        times, prices = _columns(index, ("time", "index_price"))
+        prices = np.asarray(prices, dtype=np.float64)
+        share = float(np.mean(np.isfinite(prices) & (prices > 0))) if len(prices) else 0.0
+        if share >= 0.5:
+            return _chosen(from_index(times, prices), notes)
+        notes.append(f"index_price is present in {share:.0%} of the snapshots (50 % needed): passed over")
+    if forwards is not None:
+        series = from_forwards(*_columns(forwards, ("time", "expiry", "forward")))
+        if len(series):
+            return _chosen(series, notes)
+        notes.append("no forward is usable")
+    told = "; ".join(notes) or "none was given"
+    raise NoUsableDataError(f"no price source is usable ({told}), so there is no RV; pass harvest.price_history or backfill the store")
+
+
+def _chosen(series: PriceSeries, notes: list[str]) -> PriceSeries:
+    """The series with its notes, logged."""
+    log.info("price source %s: %d points, left out %s; %s", series.source, len(series),
+             {k: v for k, v in series.counts.items() if v and k != "points"}, "; ".join(notes) or "first choice")
+    return replace(series, notes=tuple(notes))
+
+# %% ../../nbs/20_vol/20_realized.ipynb #b832bd2a
+def _annual_vol(variance: Any, bar_days: float) -> Any:
+    """Volatility per year from the mean variance per bar."""
+    return np.sqrt(np.maximum(variance, 0.0) * (DAYS_PER_YEAR / bar_days))
+
+
+def parkinson(
+    high: Any,  # (..., n) highs
+    low: Any,  # (..., n) lows
+    bar_days: float = 1.0,  # length of a bar, days
+) -> Any:  # (...) decimal, annualised
+    """Mean of ln(H/L)^2 / (4 ln 2). Parkinson, J. Business 53 (1980) 61."""
+    spread = np.log(np.asarray(high, dtype=np.float64) / np.asarray(low, dtype=np.float64))
+    return _annual_vol(np.mean(spread**2, axis=-1) / (4.0 * np.log(2.0)), bar_days)
+
+
+def garman_klass(
+    open: Any,  # (..., n) opens
+    high: Any,  # (..., n) highs
+    low: Any,  # (..., n) lows
+    close: Any,  # (..., n) closes
+    bar_days: float = 1.0,  # length of a bar, days
+) -> Any:  # (...) decimal, annualised
+    """Mean of (u - d)^2 / 2 - (2 ln 2 - 1) c^2, their practical estimator. Garman and Klass, J. Business 53 (1980) 67."""
+    u, d, c = _bar_logs(open, high, low, close)
+    return _annual_vol(np.mean(0.5 * (u - d) ** 2 - (2.0 * np.log(2.0) - 1.0) * c**2, axis=-1), bar_days)
+
+# %% ../../nbs/20_vol/20_realized.ipynb #6d835858
+def _bar_logs(open: Any, high: Any, low: Any, close: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """u, d, c: logarithms of high, low and close over open."""
+    o, h, l, c = (np.asarray(x, dtype=np.float64) for x in (open, high, low, close))
+    return np.log(h / o), np.log(l / o), np.log(c / o)
+
+
+def rogers_satchell(
+    open: Any,  # (..., n) opens
+    high: Any,  # (..., n) highs
+    low: Any,  # (..., n) lows
+    close: Any,  # (..., n) closes
+    bar_days: float = 1.0,  # length of a bar, days
+) -> Any:  # (...) decimal, annualised
+    """Mean of u (u - c) + d (d - c): no drift bias. Rogers and Satchell, Ann. Appl. Prob. 1 (1991) 504."""
+    u, d, c = _bar_logs(open, high, low, close)
+    return _annual_vol(np.mean(u * (u - c) + d * (d - c), axis=-1), bar_days)
+
+
+def yang_zhang(
+    open: Any,  # (..., n) opens
+    high: Any,  # (..., n) highs
+    low: Any,  # (..., n) lows
+    close: Any,  # (..., n) closes; the first bar lends only its close
+    bar_days: float = 1.0,  # length of a bar, days
+) -> Any:  # (...) decimal, annualised; NaN with fewer than three bars
+    """var(jump) + k var(c) + (1 - k) Rogers-Satchell, k = 0.34 / (1.34 + (n+1)/(n-1)). Yang and Zhang, J. Business 73 (2000) 477."""
+    o, h, l, c = (np.asarray(x, dtype=np.float64) for x in (open, high, low, close))
+    n = o.shape[-1] - 1
+    if n < 2:
+        return np.full(o.shape[:-1], np.nan)[()]
+    k = 0.34 / (1.34 + (n + 1) / (n - 1))
+    jump = np.log(o[..., 1:] / c[..., :-1]).var(axis=-1, ddof=1)
+    u, d, move = _bar_logs(o[..., 1:], h[..., 1:], l[..., 1:], c[..., 1:])
+    inside = np.mean(u * (u - move) + d * (d - move), axis=-1)
+    return _annual_vol(jump + k * move.var(axis=-1, ddof=1) + (1.0 - k) * inside, bar_days)
