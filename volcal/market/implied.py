@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .pricing import _broadcast, option_sign, price_scalar
+from .pricing import as_columns, option_sign, price_scalar
 
 # %% auto #0
 __all__ = ['ImpliedReason', 'ImpliedVol', 'implied_vol_scalar', 'implied_vol']
@@ -76,9 +76,8 @@ def implied_vol(
     r: Any = 0.0,  # decimal, continuously compounded
 ) -> ImpliedVol:
     """Implied vol of Black-76 prices, with a reason for each."""
-    p, f, k, tt, sign, rate = _broadcast(price, forward, strike, t, option_sign(option_type), r)
-    shape = p.shape
-    flat = [np.ascontiguousarray(a).ravel() for a in (p * np.exp(rate * tt), f, k, tt, sign)]
+    shape, (p, f, k, tt, sign, rate) = as_columns(price=price, forward=forward, strike=strike, t=t, option_type=option_sign(option_type), r=r)
+    flat = [p * np.exp(rate * tt), f, k, tt, sign]
     iv, reason = np.empty(flat[0].size), np.empty(flat[0].size, dtype=np.int8)
     _implied_loop(*flat, iv, reason)
     return ImpliedVol(iv.reshape(shape), reason.reshape(shape))
