@@ -26,13 +26,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, ConfigError, SchemaError, StoreError, to_utc
+from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, ConfigError, SchemaError, StoreError, decimal_to_pct, to_utc
 
 # %% auto #0
-__all__ = ['logger', 'COLUMN_KINDS', 'OPTIONAL_COLUMNS', 'REQUIRED_COLUMNS', 'OWN_COLUMNS', 'SnapshotRef', 'SchemaFailure',
-           'RawBatch', 'column_kind', 'check_schema', 'DayIndex', 'SnapshotFinder', 'select_snapshots',
-           'SnapshotReader', 'harvest_table', 'same_content', 'SnapshotWriter', 'CompactionReport', 'Compactor',
-           'Store']
+__all__ = ['logger', 'COLUMN_KINDS', 'OPTIONAL_COLUMNS', 'REQUIRED_COLUMNS', 'OWN_COLUMNS', 'KINDS_OF_HISTORY', 'SnapshotRef',
+           'SchemaFailure', 'RawBatch', 'column_kind', 'check_schema', 'DayIndex', 'read_day_index', 'SnapshotFinder',
+           'select_snapshots', 'group_by_day', 'within_window', 'SnapshotReader', 'harvest_table', 'to_harvest_frame',
+           'same_content', 'SnapshotWriter', 'CompactionReport', 'Compactor', 'history_frame', 'Store']
 
 # %% ../../nbs/10_market/15_store.ipynb #f8d9fa63
 logger = logging.getLogger("volcal.store")
@@ -145,6 +145,10 @@ def _canonical(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
     return pa.Table.from_arrays(columns, names=list(wanted))
 
 # %% ../../nbs/10_market/15_store.ipynb #f7d771f2
+def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
+    return pd.DatetimeIndex(ns.view("datetime64[ns]"), tz="UTC", copy=False)
+
+
 def _expiry_ns(epoch: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Expiry numbers as int64 ns; seconds, ms, µs or ns by the largest magnitude of each file. NaN becomes NaT."""
     size = np.where(np.isfinite(epoch), np.abs(epoch), 0.0)
@@ -161,19 +165,16 @@ def _expiry_text_ns(texts: Sequence[str]) -> np.ndarray:
     raw = pd.Series(list(texts), dtype=object)
     stamps = pd.to_datetime(raw, utc=True, errors="coerce", format="ISO8601")
     stamps = stamps.fillna(pd.to_datetime(raw, utc=True, errors="coerce", format="%d%b%y"))
+    stamps = stamps.where(stamps.dt.year.between(1971, 2199))
     ns = pd.DatetimeIndex(stamps).as_unit("ns").asi8
     bare = (ns != np.iinfo(np.int64).min) & (ns % NS_PER_DAY == 0)
     return np.where(bare, ns + EXPIRY_HOUR_UTC * NS_PER_DAY // 24, ns)
 
-# %% ../../nbs/10_market/15_store.ipynb #176e21bb
+# %% ../../nbs/10_market/15_store.ipynb #6e3fdfd9
 def _categorical(column: pa.ChunkedArray) -> pd.Categorical:
     array = column.combine_chunks()
     codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     return pd.Categorical.from_codes(codes, categories=pd.Index(array.dictionary.to_pandas()))
-
-
-def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
-    return pd.DatetimeIndex(ns.view("datetime64[ns]")).tz_localize("UTC")
 
 
 def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.DataFrame:
@@ -184,7 +185,7 @@ def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.
         if kind == "text":
             out[name] = _categorical(column)
         elif kind == "time":
-            out[name] = _utc(column.to_numpy().astype("datetime64[ns]").view(np.int64))
+            out[name] = _utc(column.to_numpy().astype("datetime64[ns]", copy=False).view(np.int64))
         elif kind == "number":
             out[name] = column.to_numpy()
         elif kind == "expiry":
@@ -230,6 +231,9 @@ class _LocalFiles:
     def remove(self, path: str) -> None:
         os.remove(path)
 
+    def size(self, path: str) -> int:
+        return os.path.getsize(path)
+
     def age(self, path: str) -> float:
         return clock.time() - os.path.getmtime(path)
 
@@ -263,14 +267,17 @@ class _LocalFiles:
     def lock(self, folder: str) -> Iterator[None]:
         """One writer per folder; the lock goes with the process, however it ends."""
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, ".lock"), "w") as handle:
-            try:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except ImportError:
-                pass
+        try:
+            import fcntl
+        except ImportError:
             yield
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
 # %% ../../nbs/10_market/15_store.ipynb #329e595e
 class _RemoteFiles:
@@ -303,6 +310,9 @@ class _RemoteFiles:
 
     def remove(self, path: str) -> None:
         self.fs.rm_file(path)
+
+    def size(self, path: str) -> int:
+        return int(self.fs.size(path))
 
     def age(self, path: str) -> float:
         return (pd.Timestamp.now("UTC") - to_utc(self.fs.modified(path))).total_seconds()
@@ -346,23 +356,22 @@ class DayIndex:
 _SMALL = re.compile(r"(?P<asset>.+)_(?P<day>\d{4}-\d{2}-\d{2})_(?P<hour>[01]\d|2[0-3])(?P<minute>[0-5]\d)\.parquet")
 _ASSET = re.compile(r"[A-Z0-9]+(?:_[A-Z]+)?")
 _INDEX_KEY = b"volcal.snapshots"
+_READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
-def _minute(when: Any) -> pd.Timestamp:
-    return to_utc(when).floor("min")
-
-
-def _read_index(source: Any, asset: str) -> DayIndex:
-    """The snapshots of a compacted file. Raises `SchemaError` where the footer names none."""
-    with pq.ParquetFile(source) as file:
-        text = (file.metadata.metadata or {}).get(_INDEX_KEY)
+def read_day_index(
+    source: Any,  # an open compacted file
+) -> tuple[DayIndex, pq.FileMetaData]:
+    """The snapshots of a compacted file. Raises `SchemaError` where its footer names none."""
+    meta = pq.read_metadata(source)
+    text = (meta.metadata or {}).get(_INDEX_KEY)
     if text is None:
-        raise SchemaError(f"the day file of {asset} does not say which snapshots it holds, so none can be read from it; write it with Store.compact")
+        raise SchemaError("this day file does not say which snapshots it holds, so none is read from it; write it with Store.compact, or move it away")
     index = json.loads(text)
-    day = to_utc(index["day"])
-    times = tuple(day + pd.Timedelta(minutes=int(m[:2]) * 60 + int(m[2:])) for m in index["minutes"])
+    midnight = to_utc(index["day"])
+    times = tuple(midnight + pd.Timedelta(minutes=60 * int(m[:2]) + int(m[2:])) for m in index["minutes"])
     schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in index["schemas"])
-    return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas)
+    return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas), meta
 
 # %% ../../nbs/10_market/15_store.ipynb #5b4bf06a
 class _Root:
@@ -417,7 +426,7 @@ class _Folders(_Root):
         end: Any = None,  # last instant, inclusive
     ) -> list[date]:
         """UTC days of the window that have a folder. Raises `StoreError` for an asset that has none."""
-        first = _minute(start).date() if start is not None else date.min
+        first = to_utc(start).date() if start is not None else date.min
         last = to_utc(end).date() if end is not None else date.max
         try:
             years = self._numbered(asset)
@@ -433,31 +442,33 @@ class _Folders(_Root):
 
 # %% ../../nbs/10_market/15_store.ipynb #e850fa0b
 class SnapshotFinder(_Folders):
-    def _index(self, asset: str, day: date) -> DayIndex | None:
-        path = self._day_file(asset, day)
-        with self._files.open(path) as source:
-            return _read_index(source, asset)
+    """Snapshots of a window, from names (and the footers of compacted days) alone."""
 
-    def _of_day(self, asset: str, day: date) -> list[SnapshotRef]:
+    def _small(self, asset: str, day: date, names: Iterable[str]) -> dict[pd.Timestamp, SnapshotRef]:
+        folder, prefix, midnight = self._day_folder(asset, day), f"{asset}_{day:%Y-%m-%d}_", pd.Timestamp(day, tz="UTC")
+        found = [(match, name) for name in names if name.startswith(prefix) and (match := _SMALL.fullmatch(name))]
+        times = [midnight + pd.Timedelta(minutes=60 * int(m["hour"]) + int(m["minute"])) for m, _ in found]
+        return {t: SnapshotRef(asset, t, f"{folder}/{name}", day) for t, (_, name) in zip(times, found, strict=True)}
+
+    def _index(self, asset: str, day: date) -> DayIndex:
+        with self._files.open(self._day_file(asset, day)) as source:
+            return read_day_index(source)[0]
+
+    def _of_day(self, asset: str, day: date, low: pd.Timestamp | None = None) -> list[SnapshotRef]:
         folder, day_file = self._day_folder(asset, day), self._day_file(asset, day)
-        prefix, midnight = f"{asset}_{day:%Y-%m-%d}", pd.Timestamp(day, tz="UTC")
         names = self._files.names(folder)
-        compacted = f"{prefix}.parquet" in names
-        if not compacted and self._files.exists(day_file):
+        compacted = day_file.rsplit("/", 1)[-1] in names
+        if not compacted and self._files.exists(day_file):  # compacted while the folder was listed
             names, compacted = self._files.names(folder), True
-        refs = {}
-        for name in names:
-            match = _SMALL.fullmatch(name)
-            if match and name.startswith(prefix + "_"):
-                time = midnight + pd.Timedelta(minutes=60 * int(match["hour"]) + int(match["minute"]))
-                refs[time] = SnapshotRef(asset, time, self._join(folder, name), day)
-        if compacted:
-            index = self._index(asset, day)
-            refs |= {t: SnapshotRef(asset, t, day_file, day) for t in index.times} if index else {}
-        return sorted(refs.values())
-
-    def _join(self, folder: str, name: str) -> str:
-        return f"{folder}/{name}"
+        refs = self._small(asset, day, names)
+        if not compacted:
+            return sorted(refs.values())
+        try:
+            return sorted((refs | {t: SnapshotRef(asset, t, day_file, day) for t in self._index(asset, day).times}).values())
+        except _READ_ERRORS as error:
+            logger.warning("day file %s cannot be read: %s", day_file, error)
+            midnight = pd.Timestamp(day, tz="UTC")
+            return sorted([*refs.values(), SnapshotRef(asset, max(midnight, low or midnight), day_file, day)])
 
     def find(
         self,
@@ -465,12 +476,12 @@ class SnapshotFinder(_Folders):
         start: Any = None,  # first instant, inclusive
         end: Any = None,  # last instant, inclusive
     ) -> list[SnapshotRef]:
-        """Snapshots of a window in time order, from names alone. Raises `StoreError` where the asset has no folder."""
-        low = _minute(start) if start is not None else None
+        """Snapshots of a window in time order. Raises `StoreError` where the asset has no folder."""
+        low = to_utc(start).floor("min") if start is not None else None
         high = to_utc(end) if end is not None else None
         if low is not None and high is not None and low > high:
-            raise ConfigError(f"the window starts at {low} after its end {high}, so it holds nothing; swap them")
-        refs = [r for day in self.days(asset, start, end) for r in self._of_day(asset, day)]
+            raise ConfigError(f"the window starts at {low}, after its end {high}, so it holds nothing; swap them")
+        refs = [r for day in self.days(asset, start, end) for r in self._of_day(asset, day, low)]
         return [r for r in refs if (low is None or r.time >= low) and (high is None or r.time <= high)]
 
 # %% ../../nbs/10_market/15_store.ipynb #23d20444
@@ -489,14 +500,33 @@ def select_snapshots(
         return kept[-1:]
     return [kept[i] for i in np.rint(np.linspace(0, len(kept) - 1, max_snapshots)).astype(int)]
 
+# %% ../../nbs/10_market/15_store.ipynb #06743cf8
+def group_by_day(
+    refs: Iterable[SnapshotRef],
+) -> dict[date, list[SnapshotRef]]:
+    """Snapshots by UTC day, in time order."""
+    return {day: list(group) for day, group in itertools.groupby(sorted(refs, key=lambda r: r.time), key=lambda r: r.day)}
+
+
+def within_window(
+    frame: pd.DataFrame,  # with harvest_time
+    start: Any = None,  # first instant, inclusive
+    end: Any = None,  # last instant, inclusive
+) -> pd.DataFrame:
+    """The rows harvested in a window; names told the minute only."""
+    time = frame["harvest_time"]
+    keep = np.ones(len(frame), dtype=bool)
+    if start is not None:
+        keep &= (time >= to_utc(start)).to_numpy()
+    if end is not None:
+        keep &= (time <= to_utc(end)).to_numpy()
+    return frame if keep.all() else frame[keep]
+
 # %% ../../nbs/10_market/15_store.ipynb #184ef755
 class _Part(NamedTuple):
     refs: list[SnapshotRef]
     rows: list[int]
     table: pa.Table
-
-
-_READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
 def _open_small(data: Any) -> pq.ParquetFile:
@@ -511,53 +541,6 @@ def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
     return [c for c in wanted if c in have]
 
 # %% ../../nbs/10_market/15_store.ipynb #2099e7e4
-class _RawReader(SnapshotFinder):
-    """Snapshots as frames."""
-
-    def read(
-        self,
-        ref: SnapshotRef,
-    ) -> pd.DataFrame:  # the columns of that snapshot as they were written
-        """One snapshot, raw. Raises `SchemaError` where the file cannot be read."""
-        try:
-            return self._raw(ref).to_pandas()
-        except _READ_ERRORS as error:
-            raise SchemaError(f"{ref.path} cannot be read, so its snapshot is lost: {error}; delete or restore it") from error
-
-    def _raw(self, ref: SnapshotRef) -> pa.Table:
-        if not _is_day_file(ref.path):
-            try:
-                return pq.read_table(pa.BufferReader(self._files.read(ref.path)), use_threads=False).replace_schema_metadata(None)
-            except FileNotFoundError:
-                if not self._files.exists(self._day_file(ref.asset, ref.day)):
-                    raise
-        with self._files.open(self._day_file(ref.asset, ref.day)) as source:
-            index = _read_index(source, ref.asset)
-            source.seek(0)
-            return _snapshot_of(pq.read_table(source), index, index.times.index(ref.time))
-
-    def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> _Part | SchemaFailure:
-        found: tuple[str, ...] = ()
-        try:
-            with _open_small(self._files.read(ref.path)) as file:
-                schema = file.schema_arrow
-                found = tuple(schema.names)
-                fault = check_schema(schema)
-                if fault:
-                    return SchemaFailure(ref.path, ref.time, *fault, found)
-                if not file.metadata.num_rows:
-                    return SchemaFailure(ref.path, ref.time, "no_rows", (), found)
-                table = file.read(columns=_needed(schema, wanted), use_threads=False)
-                return _Part([ref], [table.num_rows], table)
-        except FileNotFoundError:
-            if self._files.exists(self._day_file(ref.asset, ref.day)):
-                moved = self._load_day([ref._replace(path=self._day_file(ref.asset, ref.day))], wanted)
-                return moved[0]
-            return SchemaFailure(ref.path, ref.time, "unreadable", detail="the file is gone")
-        except _READ_ERRORS as error:
-            return SchemaFailure(ref.path, ref.time, "unreadable", (), found, str(error))
-
-# %% ../../nbs/10_market/15_store.ipynb #3669c85f
 def _is_day_file(path: str) -> bool:
     return _SMALL.fullmatch(path.rsplit("/", 1)[-1]) is None
 
@@ -568,27 +551,82 @@ def _snapshot_of(table: pa.Table, index: DayIndex, number: int) -> pa.Table:
     return table.slice(index.starts[number], index.rows[number]).select(schema.names).cast(schema)
 
 
-class SnapshotReader(_RawReader):
-    def _load_day(self, refs: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
-        path = refs[0].path
+class _RawReader(SnapshotFinder):
+    def read(
+        self,
+        ref: SnapshotRef,
+    ) -> pd.DataFrame:  # the columns and types of that snapshot as they were written
+        """One snapshot, raw. Raises `SchemaError` where it cannot be read."""
         try:
-            with self._files.open(path) as source:
-                index = _read_index(source, refs[0].asset)
-                source.seek(0)
-                file = pq.ParquetFile(source)
-                text = [c for c in wanted if COLUMN_KINDS[c] == "text" and c in file.schema_arrow.names]
-                source.seek(0)
-                file = pq.ParquetFile(source, read_dictionary=text)
-                table = file.read(columns=_needed(file.schema_arrow, wanted))
+            return self._raw(ref).to_pandas()
         except _READ_ERRORS as error:
-            return [SchemaFailure(path, ref.time, "unreadable", detail=str(error)) for ref in refs]
-        where = {t: i for i, t in enumerate(index.times)}
-        out: list[_Part | SchemaFailure] = []
-        for ref in refs:
-            i = where.get(ref.time)
-            out.append(SchemaFailure(path, ref.time, "not_in_file") if i is None else
-                       _Part([ref], [index.rows[i]], table.slice(index.starts[i], index.rows[i])))
-        return out
+            raise SchemaError(f"{ref.path} cannot be read, so this snapshot is lost: {error}; delete or restore it") from error
+
+    def _raw(self, ref: SnapshotRef) -> pa.Table:
+        day_file = self._day_file(ref.asset, ref.day)
+        if not _is_day_file(ref.path):
+            try:
+                return _plain(pq.read_table(pa.BufferReader(self._files.read(ref.path)), use_threads=False))
+            except FileNotFoundError:
+                if not self._files.exists(day_file):
+                    raise
+        with self._files.open(day_file) as source:
+            index, meta = read_day_index(source)
+            return _snapshot_of(pq.ParquetFile(source, metadata=meta).read(), index, index.times.index(ref.time))
+
+# %% ../../nbs/10_market/15_store.ipynb #3669c85f
+def _plain(table: pa.Table) -> pa.Table:
+    """The same values without dictionaries and metadata."""
+    types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in table.schema]
+    return table.cast(pa.schema([pa.field(n, t) for n, t in zip(table.column_names, types, strict=True)]))
+
+
+class _PartReader(_RawReader):
+    def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+        found: tuple[str, ...] = ()
+        try:
+            with _open_small(self._files.read(ref.path)) as file:
+                schema = file.schema_arrow
+                found = tuple(schema.names)
+                fault = check_schema(schema) or (None if file.metadata.num_rows else ("no_rows", ()))
+                if fault:
+                    return [SchemaFailure(ref.path, ref.time, *fault, found)]
+                table = file.read(columns=_needed(schema, wanted), use_threads=False)
+                return [_Part([ref], [table.num_rows], table)]
+        except FileNotFoundError:
+            day_file = self._day_file(ref.asset, ref.day)
+            if self._files.exists(day_file):  # compacted since it was found
+                return self._load_day([ref._replace(path=day_file)], wanted)
+            return [SchemaFailure(ref.path, ref.time, "unreadable", detail="the file is gone")]
+        except _READ_ERRORS as error:
+            return [SchemaFailure(ref.path, ref.time, "unreadable", (), found, str(error))]
+
+    def _load_day(self, refs: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+        try:
+            with self._files.open(refs[0].path) as source:
+                index, meta = read_day_index(source)
+                names = _needed(meta.schema.to_arrow_schema(), wanted)
+                text = [c for c in names if _ACCEPTED[COLUMN_KINDS[c]] & {"text"}]
+                table = pq.ParquetFile(source, metadata=meta, read_dictionary=text).read(columns=names)
+        except _READ_ERRORS as error:
+            return [SchemaFailure(ref.path, ref.time, "unreadable", detail=str(error)) for ref in refs]
+        return _day_parts(table, index, refs)
+
+# %% ../../nbs/10_market/15_store.ipynb #94135260
+def _day_parts(table: pa.Table, index: DayIndex, refs: list[SnapshotRef]) -> list[_Part | SchemaFailure]:
+    """The snapshots asked for as slices of the day; neighbours stay together."""
+    where, starts = {t: i for i, t in enumerate(index.times)}, index.starts
+    out: list[_Part | SchemaFailure] = [SchemaFailure(r.path, r.time, "not_in_file") for r in refs if r.time not in where]
+    present = [(where[r.time], r) for r in refs if r.time in where]
+    for _, group in itertools.groupby(enumerate(present), key=lambda item: item[1][0] - item[0]):
+        run = [pair for _, pair in group]
+        rows = [index.rows[i] for i, _ in run]
+        out.append(_Part([r for _, r in run], rows, table.slice(starts[run[0][0]], sum(rows))))
+    return out
+
+
+class SnapshotReader(_PartReader):
+    """Snapshots as frames."""
 
     def read_batch(
         self,
@@ -601,46 +639,50 @@ class SnapshotReader(_RawReader):
         jobs = [list(group) for _, group in itertools.groupby(refs, key=lambda r: r.path)]
         with ThreadPoolExecutor(self._files.workers) as pool:
             loaded = list(itertools.chain.from_iterable(pool.map(lambda job: self._load(job, wanted), jobs)))
-        parts = [p for p in loaded if isinstance(p, _Part)]
-        failures = [p for p in loaded if isinstance(p, SchemaFailure)]
-        if failures and on_schema_error == "raise":
-            raise SchemaError(f"{failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
-        return _assemble(parts, failures, wanted)
+        batch = _assemble(loaded, wanted)
+        if batch.failures and on_schema_error == "raise":
+            raise SchemaError(f"{batch.failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
+        if batch.failures:
+            logger.warning("%d files skipped, the first: %s", len(batch.failures), batch.failures[0])
+        logger.info("read %d rows of %d snapshots, %d files failed", len(batch.frame), len(batch.refs), len(batch.failures))
+        return batch
 
     def _load(self, job: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
-        return self._load_day(job, wanted) if _is_day_file(job[0].path) else [self._load_small(ref, wanted) for ref in job]
+        return self._load_day(job, wanted) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
 
-# %% ../../nbs/10_market/15_store.ipynb #94135260
+# %% ../../nbs/10_market/15_store.ipynb #3eb3c0be
 def _wanted(columns: Sequence[str] | None) -> list[str]:
     unknown = [c for c in columns or () if c not in COLUMN_KINDS and c != "snapshot"]
     if unknown:
-        raise ConfigError(f"columns {unknown} are not of the harvest layout, nothing was read; choose from {list(COLUMN_KINDS)}")
+        raise ConfigError(f"columns {unknown} are not of the harvest layout, so nothing was read; choose from {list(COLUMN_KINDS)}")
     chosen = set(COLUMN_KINDS if columns is None else columns)
     if chosen & {"expiry", "expiry_timestamp"}:
         chosen |= {"expiry", "expiry_timestamp"}
     return [c for c in COLUMN_KINDS if c in chosen]
 
 
-def _assemble(parts: list[_Part], failures: list[SchemaFailure], wanted: Sequence[str]) -> RawBatch:
-    """Parts with like schemas are harmonised together; a part that resists becomes a failure."""
-    tables, kept = [], []
-    for _, group in itertools.groupby(parts, key=lambda p: p.table.schema):
-        run = list(group)
-        try:
-            tables.append(_canonical(pa.concat_tables([p.table for p in run]), wanted))
-            kept += run
-        except pa.ArrowException:
-            for part in run:
-                try:
-                    tables.append(_canonical(part.table, wanted))
-                    kept.append(part)
-                except pa.ArrowException as error:
-                    failures += [SchemaFailure(r.path, r.time, "unreadable", detail=str(error)) for r in part.refs]
-    table = pa.concat_tables(tables or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
-    counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
-    return RawBatch(_to_frame(table, counts, wanted), [r for p in kept for r in p.refs], failures)
+def _harmonised(run: list[_Part], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+    """Parts of like schema, harmonised together; where that fails, one by one, so that the culprit is named."""
+    try:
+        table = _canonical(pa.concat_tables([p.table for p in run]), wanted)
+        return [_Part([r for p in run for r in p.refs], [n for p in run for n in p.rows], table)]
+    except pa.ArrowException as error:
+        if len(run) == 1:
+            return [SchemaFailure(r.path, r.time, "unreadable", detail=str(error)) for r in run[0].refs]
+        return [out for part in run for out in _harmonised([part], wanted)]
 
-# %% ../../nbs/10_market/15_store.ipynb #617ccbd6
+
+def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> RawBatch:
+    failures = [p for p in loaded if isinstance(p, SchemaFailure)]
+    groups = itertools.groupby((p for p in loaded if isinstance(p, _Part)), key=lambda p: p.table.schema)
+    kept = []
+    for out in (out for _, group in groups for out in _harmonised(list(group), wanted)):
+        failures.append(out) if isinstance(out, SchemaFailure) else kept.append(out)
+    table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
+    counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
+    return RawBatch(_to_frame(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
+
+# %% ../../nbs/10_market/15_store.ipynb #823a6b08
 _HARVEST_TIME = pa.timestamp("us", "UTC")
 
 
@@ -663,13 +705,26 @@ def harvest_table(
 
 def _layout_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     kind = COLUMN_KINDS[name]
-    if kind in ("expiry", "epoch"):
+    is_text = name in table.column_names and column_kind(table.schema.field(name).type) == "text"
+    if kind == "epoch" or (kind == "expiry" and not is_text):
         ns = _expiry(_canonical(table, ["expiry", "expiry_timestamp"]), np.array([table.num_rows]))
         text = pa.array(ns.strftime("%Y-%m-%d"), pa.string(), from_pandas=True)
         seconds = np.where(ns.isna(), np.nan, ns.asi8 / 1e9)
         return pa.chunked_array([text if kind == "expiry" else pa.array(seconds, from_pandas=True)])
     column = _canonical(table, [name]).column(0)
-    return column.cast(_HARVEST_TIME, safe=False) if kind == "time" else column.cast(pa.string()) if kind == "text" else column
+    return column.cast(_HARVEST_TIME, safe=False) if kind == "time" else column.cast(pa.string()) if kind in ("text", "expiry") else column
+
+# %% ../../nbs/10_market/15_store.ipynb #6c946a3d
+def to_harvest_frame(
+    chain: pd.DataFrame,  # columns of the chain frame: IV in decimals, `forward`, prices in the native unit
+) -> pd.DataFrame:  # columns of the layout: IV in percent, `underlying_price`
+    """A chain as a harvester would have written it."""
+    frame = chain.rename(columns={"forward": "underlying_price"})
+    frame = frame[[c for c in COLUMN_KINDS if c in frame]].copy()
+    for name in ("bid_iv", "ask_iv", "mark_iv"):
+        if name in frame:
+            frame[name] = decimal_to_pct(frame[name])
+    return frame
 
 # %% ../../nbs/10_market/15_store.ipynb #de4941c6
 def same_content(
@@ -719,9 +774,9 @@ class SnapshotWriter(SnapshotReader):
         time: Any,  # its UTC minute names the file
     ) -> str:  # where the snapshot is
         """Write one snapshot. The same again is no work; a different one of that minute is a `StoreError`."""
-        table, minute = harvest_table(frame), _minute(time)
+        table, minute = harvest_table(frame), to_utc(time).floor("min")
         folder = self._day_folder(asset, minute.date())
-        path = self._join(folder, f"{asset}_{minute:%Y-%m-%d_%H%M}.parquet")
+        path = f"{folder}/{asset}_{minute:%Y-%m-%d_%H%M}.parquet"
         with self._files.lock(folder):
             there = self._existing(SnapshotRef(asset, minute, path, minute.date()))
             if there is None:
@@ -738,14 +793,13 @@ class SnapshotWriter(SnapshotReader):
         day_file = self._day_file(ref.asset, ref.day)
         try:
             if self._files.exists(day_file):
-                index = self._index(ref.asset, ref.day)
-                if index and ref.time in index.times:
+                if ref.time in self._index(ref.asset, ref.day).times:
                     return self._raw(ref._replace(path=day_file)), day_file
             return (self._raw(ref), ref.path) if self._files.exists(ref.path) else None
-        except (*_READ_ERRORS, SchemaError) as error:
+        except _READ_ERRORS as error:
             raise StoreError(f"what is stored for {ref.time:%Y-%m-%d %H:%M} cannot be read ({error}), so nothing is written over it; remove it first") from error
 
-# %% ../../nbs/10_market/15_store.ipynb #5e605e8f
+# %% ../../nbs/10_market/15_store.ipynb #b712993d
 @dataclass(frozen=True)
 class CompactionReport:
     """What a compaction did."""
@@ -761,15 +815,191 @@ class CompactionReport:
     bytes_before: int = 0
     bytes_after: int = 0
 
+# %% ../../nbs/10_market/15_store.ipynb #b2d10382
+def _merge(snapshots: dict[pd.Timestamp, pa.Table]) -> tuple[pa.Table, DayIndex, dict[pd.Timestamp, str]]:
+    """One table and its index, and the snapshots whose types would lose something. Earlier entries set the types."""
+    schemas: list[pa.Schema] = []
+    target, misfits = pa.schema([]), {}
+    for time, table in snapshots.items():
+        if table.schema not in schemas:
+            try:
+                target = pa.unify_schemas([target, table.schema], promote_options="permissive")
+                schemas.append(table.schema)
+            except pa.ArrowException as error:
+                misfits[time] = str(error)
+    wide = {}
+    for time, table in snapshots.items():
+        if table.schema in schemas:
+            with contextlib.suppress(pa.ArrowException):
+                wide[time] = _widened(time, table, target)
+            if time not in wide or not same_content(wide[time].select(table.column_names).cast(table.schema), table):
+                wide.pop(time, None)
+                misfits[time] = "its values do not survive the day's common types"
+        elif time not in misfits:
+            misfits[time] = "its types do not go with those of the day"
+    times = sorted(wide)
+    index = DayIndex(tuple(times), tuple(wide[t].num_rows for t in times), tuple(schemas.index(snapshots[t].schema) for t in times), tuple(schemas))
+    return pa.concat_tables([wide[t] for t in times]) if times else pa.table({}), index, misfits
 
+
+def _widened(time: pd.Timestamp, table: pa.Table, target: pa.Schema) -> pa.Table:
+    """A snapshot with its minute and every column of the day."""
+    have, n = set(table.column_names), table.num_rows
+    minute = pa.array(np.full(n, time.value // 1_000_000), pa.int64()).cast(pa.timestamp("ms", "UTC"))
+    columns = [table.column(f.name).cast(f.type) if f.name in have else pa.chunked_array([pa.nulls(n, f.type)]) for f in target]
+    return pa.Table.from_arrays([pa.chunked_array([minute]), *columns], names=["snapshot_time", *target.names])
+
+# %% ../../nbs/10_market/15_store.ipynb #0f71e06b
+def _day_bytes(table: pa.Table, index: DayIndex, day: date) -> pa.Buffer:
+    text = {
+        "version": 1, "day": f"{day:%Y-%m-%d}", "minutes": [f"{t:%H%M}" for t in index.times], "rows": index.rows,
+        "schema_of": index.schema_of, "schemas": [base64.b64encode(s.serialize()).decode() for s in index.schemas],
+    }
+    return _parquet(table.replace_schema_metadata({_INDEX_KEY: json.dumps(text)}), compression="zstd", row_group_size=1 << 16)
+
+
+def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) -> Callable[[Any], None]:
+    """A check that bytes read back hold each snapshot, value by value."""
+    def verify(data: Any) -> None:
+        back, _ = read_day_index(pa.BufferReader(data))
+        table = pq.read_table(pa.BufferReader(data))
+        whole = back == index and table.num_rows == sum(index.rows)
+        if not whole or not all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times)):
+            raise StoreError("the compacted day read back differs from its snapshots; nothing was changed, check the disk and compact again")
+    return verify
+
+
+def _compaction_fault(table: pa.Table, stored: pa.Table | None) -> tuple[str, tuple[str, ...]] | None:
+    """Why a small file must stay, if it must."""
+    if stored is not None:
+        return None if same_content(table, stored) else ("conflict", ())
+    if "snapshot_time" in table.column_names:
+        return "reserved_column", ("snapshot_time",)
+    return check_schema(table.schema) or (None if table.num_rows else ("no_rows", ()))
+
+# %% ../../nbs/10_market/15_store.ipynb #e20525ca
 class Compactor(SnapshotWriter):
-    def compact(self, asset: str, day: Any) -> CompactionReport:
-        raise NotImplementedError
+    """Finished days as one file each."""
+
+    def compact(
+        self,
+        asset: str,  # BTC, ETH, SOL_USDC, ...
+        day: Any,  # UTC day; must be over
+    ) -> CompactionReport:
+        """Merge the small files of a day into one, verify it, then remove them. May be repeated when more come later."""
+        when = to_utc(day).date()
+        if when >= datetime.now(timezone.utc).date():
+            raise StoreError(f"{when} is not over, so it is not compacted; compact it tomorrow")
+        if when not in self.days(asset, f"{when}", f"{when}T23:59"):
+            raise StoreError(f"{asset} has no folder for {when} under {self.root}, so there is nothing to compact")
+        with self._files.lock(self._day_folder(asset, when)):
+            report = self._compact(asset, when)
+        logger.info("compacted %s %s: %d added, %d removed, %d left", asset, when, report.added, report.removed, len(report.left))
+        return report
+
+    def _sweep(self, folder: str) -> None:
+        """Remove drafts that a killed writer left an hour ago or more."""
+        for name in self._files.hidden(folder):
+            if name.endswith(".tmp") and self._files.age(f"{folder}/{name}") > 3600:
+                self._files.remove(f"{folder}/{name}")
+
+    def _stored(self, path: str) -> dict[pd.Timestamp, pa.Table]:
+        if not self._files.exists(path):
+            return {}
+        with self._files.open(path) as source:
+            index, meta = read_day_index(source)
+            table = pq.ParquetFile(source, metadata=meta).read()
+        return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
+
+    def _fresh(self, small: dict[pd.Timestamp, SnapshotRef], stored: dict[pd.Timestamp, pa.Table]) -> tuple[dict[pd.Timestamp, pa.Table], list[SchemaFailure]]:
+        """Small files that may go: new ones of the right schema, and those that the day file holds already."""
+        fresh, left = {}, []
+        for time, ref in sorted(small.items()):
+            try:
+                table = self._raw(ref)
+            except _READ_ERRORS as error:
+                left.append(SchemaFailure(ref.path, time, "unreadable", detail=str(error)))
+                continue
+            fault = _compaction_fault(table, stored.get(time))
+            if fault:
+                left.append(SchemaFailure(ref.path, time, fault[0], fault[1], tuple(table.column_names)))
+            else:
+                fresh[time] = table
+        return fresh, left
+
+    def _compact(self, asset: str, day: date) -> CompactionReport:
+        folder, path = self._day_folder(asset, day), self._day_file(asset, day)
+        self._sweep(folder)
+        small = self._small(asset, day, self._files.names(folder))
+        stored = self._stored(path)
+        fresh, left = self._fresh(small, stored)
+        table, index, misfits = _merge(stored | {t: s for t, s in fresh.items() if t not in stored})
+        if set(misfits) & set(stored):
+            raise StoreError(f"{path} and the later small files of that day have types that do not go together; nothing was changed")
+        left += [SchemaFailure(small[t].path, t, "incompatible", detail=why) for t, why in misfits.items()]
+        done = [small[t].path for t in fresh if t not in misfits]
+        before = sum(self._files.size(p) for p in done)
+        if set(index.times) - set(stored):
+            self._files.put(path, _day_bytes(table, index, day), _same_snapshots(stored | fresh, index))
+        for small_path in done:
+            self._files.remove(small_path)
+        after = self._files.size(path) if index.times else 0
+        return CompactionReport(asset, day, path, len(index.times), table.num_rows, len(index.times) - len(stored), len(done), left, before, after)
+
+# %% ../../nbs/10_market/15_store.ipynb #60418717
+KINDS_OF_HISTORY: dict[str, tuple[str, ...]] = {"ohlc": ("open", "high", "low", "close"), "dvol": ("close",)}
+_TIME_NAMES = ("timestamp", "time", "open_time", "datetime", "date", "harvest_time")
 
 
+def history_frame(
+    raw: pd.DataFrame,  # candles with a time in any form: datetimes, ISO text, or numbers in s, ms, µs or ns
+    kind: str = "ohlc",  # "ohlc" or "dvol"
+) -> pd.DataFrame:  # `timestamp` (UTC, the candle's open) and its columns, in time order, each time once (the last wins)
+    """Price or DVOL history in one form. Raises `SchemaError` without a time or the columns of its kind."""
+    frame = raw.reset_index(drop=True).rename(columns=lambda c: str(c).removeprefix("dvol_"))
+    name = next((c for c in _TIME_NAMES if c in frame), None)
+    missing = [c for c in KINDS_OF_HISTORY[kind] if c not in frame]
+    if name is None or missing:
+        raise SchemaError(f"not a history of {kind}: no {', '.join(missing) if name else 'timestamp'} among {', '.join(frame)}; nothing was used")
+    out = frame.drop(columns=name)
+    out.insert(0, "timestamp", _times(frame[name]))
+    return out.dropna(subset="timestamp").drop_duplicates("timestamp", keep="last").sort_values("timestamp", ignore_index=True)
+
+
+def _times(values: pd.Series) -> pd.DatetimeIndex:
+    if pd.api.types.is_numeric_dtype(values):
+        return _utc(_expiry_ns(values.to_numpy(np.float64), np.array([len(values)])))
+    return pd.DatetimeIndex(pd.to_datetime(values, utc=True)).as_unit("ns")
+
+# %% ../../nbs/10_market/15_store.ipynb #53e4431b
 class Store(Compactor):
-    """A harvest: snapshots of several assets under one root."""
+    """A harvest: snapshots of several assets, and price histories, under one root."""
 
-    def read_history(self, asset: str, kind: Literal["ohlc", "dvol"] = "ohlc") -> pd.DataFrame | None:
+    def read_history(
+        self,
+        asset: str,  # BTC, ETH, SOL_USDC, ...
+        kind: Literal["ohlc", "dvol"] = "ohlc",
+    ) -> pd.DataFrame | None:  # `timestamp` and the candle columns; None where there is no history
+        """The price or DVOL history of an asset. Raises `SchemaError` where the file cannot be read."""
         path = self._path("_history", f"{asset}_{kind}.parquet")
-        return pd.read_parquet(path) if self._files.exists(path) else None
+        if not self._files.exists(path):
+            return None
+        try:
+            return history_frame(pq.read_table(pa.BufferReader(self._files.read(path))).to_pandas(), kind)
+        except _READ_ERRORS as error:
+            raise SchemaError(f"{path} cannot be read as a history: {error}; remove it and backfill again") from error
+
+    def write_history(
+        self,
+        asset: str,  # BTC, ETH, SOL_USDC, ...
+        kind: Literal["ohlc", "dvol"],
+        frame: pd.DataFrame,  # candles; a time that is there already is replaced
+    ) -> str:  # path of the history
+        """Merge candles into the history, each time once."""
+        path = self._path("_history", f"{asset}_{kind}.parquet")
+        with self._files.lock(self._path("_history")):
+            old = self.read_history(asset, kind)
+            merged = history_frame(pd.concat([old, history_frame(frame, kind)]) if old is not None else frame, kind)
+            table = pa.Table.from_pandas(merged, preserve_index=False).replace_schema_metadata(None)
+            self._files.put(path, _parquet(table, compression="zstd"), _same_shape(table))
+        return path
