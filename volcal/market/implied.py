@@ -12,72 +12,217 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .pricing import as_columns, option_sign, price_scalar
+from volcal.market.pricing import (
+    INLINE, INV_SQRT_2PI, KERNEL, SQRT_HALF, as_columns, as_sign, fast_erfcx, fast_exp, fast_log,
+)
 
 # %% auto #0
-__all__ = ['ImpliedReason', 'ImpliedVol', 'implied_vol_scalar', 'implied_vol']
+__all__ = ['OK', 'BELOW', 'ABOVE', 'EXPIRED', 'INVALID', 'NOT_CONVERGED', 'RESOLUTION', 'ImpliedReason', 'ImpliedVol',
+           'implied_vol_scalar', 'implied_vol_loop', 'implied_vol', 'information_bound']
 
-# %% ../../nbs/10_market/12_implied.ipynb #0f388ae8
+# %% ../../nbs/10_market/12_implied.ipynb #d8717925
 class ImpliedReason(IntEnum):
-    """Why an implied vol is what it is."""
+    """Why an implied volatility is what it is."""
 
-    ok = 0
-    below_intrinsic = 1
-    above_maximum = 2
-    expired = 3
-    invalid_input = 4
-    not_converged = 5
+    ok = 0  # iv is a number that gives the price back
+    below_intrinsic = 1  # no time value: at, below, or within 1e-14 of the price above the intrinsic value
+    above_maximum = 2  # at, above, or within 1e-14 of the price below the forward (call) or strike (put)
+    expired = 3  # t <= 0
+    invalid_input = 4  # NaN, infinity, negative price, forward or strike not positive, unknown type
+    not_converged = 5  # no solution found
+
+
+OK, BELOW, ABOVE, EXPIRED, INVALID, NOT_CONVERGED = (int(reason) for reason in ImpliedReason)
+RESOLUTION = 1e-14
 
 
 class ImpliedVol(NamedTuple):
-    """Implied vols and a reason for each."""
+    """Implied volatilities with a reason for each; arrays of one shape."""
 
-    iv: np.ndarray  # decimal; NaN unless reason is ok
-    reason: np.ndarray  # int8, `ImpliedReason`
+    iv: np.ndarray  # decimal, annualised ACT/365; NaN unless ok
+    reason: np.ndarray  # int8, see `ImpliedReason`
 
-# %% ../../nbs/10_market/12_implied.ipynb #d8717925
-@njit(cache=True, nogil=True, error_model="numpy")
-def implied_vol_scalar(price: float, f: float, k: float, t: float, sign: float) -> tuple[float, int]:
-    """Implied vol and reason of one undiscounted price."""
-    if not (math.isfinite(price) and math.isfinite(f) and math.isfinite(k) and math.isfinite(t) and f > 0.0 and k > 0.0 and price >= 0.0 and (sign == 1.0 or sign == -1.0)):
-        return math.nan, 4
-    if t <= 0.0:
-        return math.nan, 3
-    tv = price - max(sign * (f - k), 0.0)
-    if tv <= 0.0:
-        return math.nan, 1
-    if tv >= min(f, k):
-        return math.nan, 2
-    otm = 1.0 if k >= f else -1.0
-    lo, hi = 0.0, 50.0
-    for _ in range(200):
-        mid = 0.5 * (lo + hi)
-        if price_scalar(f, k, 1.0, mid, otm) < tv:
-            lo = mid
+# %% ../../nbs/10_market/12_implied.ipynb #238621fc
+@njit(**INLINE)
+def _bachelier_guess(p: float) -> float:
+    """|d| of a normal price p = time value / |distance to the strike|: distance / (sigma sqrt(t))."""
+    g = 1.0 / (p + 0.5)
+    g2 = g * g
+    num = 0.032114372355 - g2 * (0.016969777977 - g2 * (2.6207332461e-3 - 9.6066952861e-5 * g2))
+    den = 1.0 - g2 * (0.6635646938 - g2 * (0.14528712196 - 0.010472855461 * g2))
+    near = g * (INV_SQRT_2PI + num / den * g2)
+    h = math.sqrt(max(-fast_log(p), 0.0))
+    num = h * (9.6320903635 - h * (0.58556997323 + 2.1464093351 * h)) - 9.4883409779
+    den = 1.0 - h * (0.65174820867 + h * (1.5120247828 + 6.6437847132e-5 * h))
+    return near if p > 0.001882039271 else num / den
+
+
+@njit(**INLINE)
+def _lognormal_correction(w: float, z: float) -> float:
+    """Least-squares polynomial in w = 1 / (1 + |d|) and z = the normal guess of sigma sqrt(t)."""
+    a = 0.0032903752950508 + z * (-0.00860445912475031 + z * (0.0473730934929277 + z * (-0.0402198030466901 + z * 0.0110550265841305)))
+    b = -0.0992424780999643 + z * (0.124598690297312 + z * (-0.522327504461585 + z * (0.425625911495592 + z * -0.112818968416240)))
+    c = 1.13100685730721 + z * (-1.35066132932005 + z * (2.99069461825679 + z * (-2.13345619972672 + z * 0.517998974380341)))
+    d = -3.86614350233046 + z * (6.42992399231102 + z * (-9.94790764762971 + z * (6.23568837584741 + z * -1.37641373748391)))
+    e = 6.79579836074812 + z * (-13.4281486746230 + z * (17.7438540326493 + z * (-10.2412032503515 + z * 2.12975478748184)))
+    f = -5.70308923729412 + z * (12.0542877885999 + z * (-14.8016549462407 + z * (8.16005571995098 + z * -1.64546235616159)))
+    g = 1.77993418516661 + z * (-3.82643243793222 + z * (4.50803541550499 + z * (-2.41945529884123 + z * 0.480179710719304)))
+    return a + w * (b + w * (c + w * (d + w * (e + w * (f + w * g)))))
+
+# %% ../../nbs/10_market/12_implied.ipynb #8a4d7878
+@njit(**INLINE)
+def _householder(misfit: float, slope: float, x: float, s: float, side: float) -> tuple[float, float]:
+    """Newton step and Householder step of sigma sqrt(t); side +1 on the time value, -1 on what it lacks to the maximum."""
+    inv = 1.0 / s
+    h = x * inv
+    newton = -misfit / slope
+    a = h * h * inv - 0.25 * s
+    c = a * a - 3.0 * h * h * inv * inv - 0.25
+    r = side * slope
+    h2, h3 = a - r, c - 3.0 * a * r + 2.0 * r * r
+    return newton, newton * (1.0 + 0.5 * h2 * newton) / (1.0 + newton * (h2 + h3 * newton * (1.0 / 6.0)))
+
+
+@njit(**INLINE)
+def _one_step(value: float, f: float, k: float) -> tuple[float, float]:
+    """sigma sqrt(t) of a time value by guess and one step, and the size of the step; without branches."""
+    lo, hi = min(f, k), max(f, k)
+    root = math.sqrt(f * k)
+    x = max(fast_log(hi / lo), 1e-20)
+    u = _bachelier_guess(value / root / x)
+    z = x / u
+    s = z * (1.0 + z * z * _lognormal_correction(1.0 / (1.0 + u), z))
+    h = -x / s
+    d1, d2 = h + 0.5 * s, h - 0.5 * s
+    e = fast_exp(-0.5 * (h * h + 0.25 * s * s))
+    q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
+    trial = (-q1 if d1 > 0.0 else q1) - q2 + (lo / root if d1 > 0.0 else 0.0)
+    newton, step = _householder(fast_log(trial / (value / root)), e * INV_SQRT_2PI / trial, x, s, 1.0)
+    return s + step, step
+
+# %% ../../nbs/10_market/12_implied.ipynb #ac9bd770
+@njit(**INLINE)
+def _time_value(price: float, f: float, k: float, sign: float) -> float:
+    difference = f - k
+    back = difference - f
+    lost = (f - (difference - back)) - (k + back)
+    return (price - sign * difference) - sign * lost if sign * difference > 0.0 else price
+
+
+@njit(**INLINE)
+def _fast_path(price: float, f: float, k: float, t: float, sign: float) -> float:
+    value = _time_value(price, f, k, sign)
+    s, step = _one_step(value, f, k)
+    good = (abs(step) < 1e-3 * s) & (s < 2.5) & (value > RESOLUTION * price) & (min(f, k) - value > RESOLUTION * price)
+    good = good & (f > 0.0) & (k > 0.0) & (t > 0.0) & (t < math.inf) & (abs(sign) == 1.0)
+    return s / math.sqrt(t) if good else math.nan
+
+# %% ../../nbs/10_market/12_implied.ipynb #07ccbf8d
+@njit(**KERNEL)
+def _bracketed(value: float, f: float, k: float) -> float:
+    """sigma sqrt(t) of any time value strictly between 0 and min(f, k); NaN if 100 steps do not settle it."""
+    lo, hi = min(f, k), max(f, k)
+    x = math.log(hi / lo) if hi / lo < math.inf else math.log(hi) - math.log(lo)
+    root = math.sqrt(lo) * math.sqrt(hi)
+    most, target, rest = lo / root, value / root, (lo - value) / root
+    side = -1.0 if value > 0.5 * lo else 1.0
+    left, right = 0.0, 10.0 + math.sqrt(100.0 + 2.0 * x)
+    near = math.sqrt(max(-2.0 * math.log(rest / most), 0.0))
+    s = near + math.sqrt(near * near + 2.0 * x) if side < 0.0 else x / _bachelier_guess(target / max(x, 1e-20)) if x > 1e-20 else 2.5066 * target
+    for _ in range(100):
+        s = s if left < s < right else 0.5 * (left + right)
+        h = -x / s
+        d1, d2 = h + 0.5 * s, h - 0.5 * s
+        e = math.exp(-0.5 * (h * h + 0.25 * s * s))
+        q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
+        lacking = q1 + q2 if d1 > 0.0 else most - (q1 - q2)
+        trial = most - lacking if d1 > 0.0 else q1 - q2
+        size = trial if side > 0.0 else lacking
+        misfit = side * math.log(size / (target if side > 0.0 else rest)) if size > 0.0 else -side * math.inf
+        if misfit > 0.0:
+            right = s
         else:
-            hi = mid
-        if hi - lo <= 1e-16 * hi:
-            break
-    return 0.5 * (lo + hi) / math.sqrt(t), 0
+            left = s
+        newton, step = _householder(misfit, e * INV_SQRT_2PI / size, x, s, side)
+        if misfit == 0.0 or abs(newton) <= 1e-7 * s or right - left <= 2.3e-16 * right:
+            return s if misfit == 0.0 or not abs(step) < s else s + step
+        s = s + step
+    return math.nan
+
+# %% ../../nbs/10_market/12_implied.ipynb #5926b296
+@njit(**KERNEL)
+def _slow_path(price: float, f: float, k: float, t: float, sign: float) -> tuple[float, int]:
+    inf = math.inf
+    known = (0.0 <= price) & (price < inf) & (0.0 < f) & (f < inf) & (0.0 < k) & (k < inf) & (t < inf) & (t > -inf) & (abs(sign) == 1.0)
+    if not known:
+        return math.nan, INVALID
+    if t <= 0.0:
+        return math.nan, EXPIRED
+    value = _time_value(price, f, k, sign)
+    if value <= (RESOLUTION * price if sign * (f - k) > 0.0 else 0.0):
+        return math.nan, BELOW
+    if min(f, k) - value <= RESOLUTION * price:
+        return math.nan, ABOVE
+    s = _bracketed(value, f, k)
+    return (s / math.sqrt(t), OK) if s > 0.0 else (math.nan, NOT_CONVERGED)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _implied_loop(price, f, k, t, sign, iv, reason):  # type: ignore[no-untyped-def]
-    for i in range(price.size):
-        iv[i], reason[i] = implied_vol_scalar(price[i], f[i], k[i], t[i], sign[i])
+@njit(**KERNEL)
+def implied_vol_scalar(
+    price: float,  # USD, undiscounted
+    f: float,  # forward, USD
+    k: float,  # strike, USD
+    t: float,  # years
+    sign: float,  # +1 call, -1 put
+) -> tuple[float, int]:  # decimal or NaN, `ImpliedReason`
+    """Implied volatility of one option, and its reason."""
+    iv = _fast_path(price, f, k, t, sign)
+    return (iv, OK) if iv == iv else _slow_path(price, f, k, t, sign)
+
+# %% ../../nbs/10_market/12_implied.ipynb #8ad4ed48
+@njit(**KERNEL)
+def _fast_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any) -> None:
+    for i in range(iv.size):
+        iv[i] = _fast_path(price[i], f[i], k[i], t[i], sign[i])
 
 
+@njit(**KERNEL)
+def implied_vol_loop(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any) -> None:
+    """Fill iv (float64) and reason (int8) from contiguous float64 columns of one length; prices undiscounted."""
+    for start in range(0, iv.size, 1024):
+        stop = min(start + 1024, iv.size)
+        _fast_block(price[start:stop], f[start:stop], k[start:stop], t[start:stop], sign[start:stop], iv[start:stop])
+        for i in range(start, stop):
+            code = OK
+            if iv[i] != iv[i]:
+                iv[i], code = _slow_path(price[i], f[i], k[i], t[i], sign[i])
+            reason[i] = code
+
+# %% ../../nbs/10_market/12_implied.ipynb #9f049086
 def implied_vol(
-    price: Any,  # USD, discounted
-    forward: Any,  # USD
+    price: Any,  # option price, USD, discounted
+    forward: Any,  # forward of the option's own expiry, USD
     strike: Any,  # USD
-    t: Any,  # years
+    t: Any,  # years to expiry, ACT/365
     option_type: Any,  # "C"/"P" or +1/-1
-    r: Any = 0.0,  # decimal, continuously compounded
-) -> ImpliedVol:
-    """Implied vol of Black-76 prices, with a reason for each."""
-    shape, (p, f, k, tt, sign, rate) = as_columns(price=price, forward=forward, strike=strike, t=t, option_type=option_sign(option_type), r=r)
-    flat = [p * np.exp(rate * tt), f, k, tt, sign]
-    iv, reason = np.empty(flat[0].size), np.empty(flat[0].size, dtype=np.int8)
-    _implied_loop(*flat, iv, reason)
+    r: Any = 0.0,  # continuously compounded rate, decimal
+) -> ImpliedVol:  # arrays of the broadcast shape
+    """Black-76 implied volatility with a reason for each option. Raises `PricingError` as `black76_price`."""
+    named = {"price": price, "forward": forward, "strike": strike, "t": t, "option_type": as_sign(option_type)}
+    if np.isscalar(r) and r == 0.0:
+        shape, columns = as_columns(**named)
+    else:
+        shape, columns = as_columns(**named, r=r)
+        columns[0] = columns[0] * np.exp(columns[5] * np.maximum(columns[3], 0.0))
+    iv, reason = np.empty(columns[0].size), np.empty(columns[0].size, dtype=np.int8)
+    implied_vol_loop(columns[0], columns[1], columns[2], columns[3], columns[4], iv, reason)
     return ImpliedVol(iv.reshape(shape), reason.reshape(shape))
+
+# %% ../../nbs/10_market/12_implied.ipynb #b96c808e
+def information_bound(
+    price: Any,  # USD, undiscounted
+    vega: Any,  # USD per vol point
+) -> np.ndarray:  # decimal volatility
+    """What one unit in the last place of the price means in volatility; infinite where there is no vega."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.spacing(np.abs(np.asarray(price, dtype=np.float64))) / (100.0 * np.asarray(vega, dtype=np.float64))

@@ -15,8 +15,8 @@ from ..units import DAYS_PER_YEAR, VOL_POINT, PricingError
 
 # %% auto #0
 __all__ = ['KERNEL', 'INLINE', 'SQRT_HALF', 'INV_SQRT_2PI', 'fast_exp', 'fast_log', 'fast_erfcx', 'norm_cdf_scalar',
-           'price_scalar', 'call_delta_scalar', 'vega_scalar', 'option_sign', 'as_columns', 'black76_price', 'Greeks',
-           'black76_greeks', 'bs_call_price', 'bs_put_price']
+           'price_scalar', 'call_delta_scalar', 'vega_scalar', 'option_sign', 'as_sign', 'as_columns', 'black76_price',
+           'Greeks', 'black76_greeks', 'bs_call_price', 'bs_put_price']
 
 # %% ../../nbs/10_market/11_pricing.ipynb #c1f3dfbb
 KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
@@ -152,6 +152,12 @@ def option_sign(
         return np.where(np.abs(signs) == 1.0, signs, np.nan)
     return np.where(values == "C", 1.0, np.where(values == "P", -1.0, np.nan))
 
+
+def as_sign(option_type: Any) -> np.ndarray:
+    """`option_sign`, except that float64 arrays pass as they are: the kernels check each sign themselves."""
+    is_float = isinstance(option_type, np.ndarray) and option_type.dtype == np.float64
+    return option_type if is_float else option_sign(option_type)
+
 # %% ../../nbs/10_market/11_pricing.ipynb #5beae5ae
 def as_columns(
     **named: Any,  # numbers or arrays that broadcast against each other
@@ -178,9 +184,11 @@ def _price_loop(f: Any, k: Any, t: Any, iv: Any, sign: Any, out: Any) -> None:
 
 
 def _arguments(f: Any, k: Any, t: Any, iv: Any, kind: Any, r: Any) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
-    shape, columns = as_columns(forward=f, strike=k, t=t, iv=iv, option_type=option_sign(kind), r=r)
-    rates = columns.pop()
-    return shape, columns, rates if rates.any() else None
+    named = {"forward": f, "strike": k, "t": t, "iv": iv, "option_type": as_sign(kind)}
+    if np.isscalar(r) and r == 0.0:
+        return *as_columns(**named), None
+    shape, columns = as_columns(**named, r=r)
+    return shape, columns[:5], columns[5]
 
 
 def black76_price(
