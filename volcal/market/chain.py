@@ -19,8 +19,9 @@ from numba import njit
 from .implied import implied_vol_scalar
 from .instruments import format_instrument, parse_instruments, settlement_of
 from .pricing import black76_price, call_delta_scalar, price_scalar, vega_scalar
-from ..units import (DAYS_PER_YEAR, EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, SchemaError, epoch_ns, to_utc,
-                          year_fraction)
+from volcal.units import (
+    DAYS_PER_YEAR, EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, SchemaError, epoch_ns, to_utc, year_fraction,
+)
 
 log = logging.getLogger("volcal.chain")
 
@@ -42,21 +43,29 @@ def sample_snapshot(
 ) -> pd.DataFrame:  # harvest layout: IV in percent, inverse prices in coin
     """A small market with known answers: iv = level - 0.1 k + 0.4 k^2, bid and ask one vol point away."""
     when, z = to_utc(time), np.linspace(-2.0, 2.0, 11)
-    expiry = pd.DatetimeIndex(np.repeat([when.normalize() + pd.Timedelta(days=d, hours=EXPIRY_HOUR_UTC) for d in days], 2 * z.size))
+    at = when.normalize() + pd.Timedelta(hours=EXPIRY_HOUR_UTC)
+    expiry = pd.DatetimeIndex(np.repeat([at + pd.Timedelta(days=d) for d in days], 2 * z.size))
     kind, t = np.tile(["C", "P"], len(days) * z.size), year_fraction(when, expiry)
     forward = spot * np.exp(carry * t)
     strike = np.array([float(f"{x:.4g}") for x in forward * np.exp(np.tile(np.repeat(z, 2), len(days)) * level * np.sqrt(t))])
-    k = np.log(strike / forward)
+    k, unit = np.log(strike / forward), np.ones_like(forward) if settlement_of(asset) == "linear" else forward
     iv = level - 0.1 * k + 0.4 * k**2
-    def price(v: np.ndarray) -> np.ndarray: return black76_price(forward, strike, t, v, kind) / (1.0 if settlement_of(asset) == "linear" else forward)
+    def price(v: np.ndarray) -> np.ndarray: return black76_price(forward, strike, t, v, kind) / unit
     return pd.DataFrame({
         "harvest_time": when, "instrument_name": [format_instrument(asset, *row) for row in zip(expiry, strike, kind, strict=True)],
-        "underlying": asset, "expiry": expiry.strftime("%Y-%m-%d"), "expiry_timestamp": expiry.as_unit("s").asi8.astype(float), "option_type": kind,
-        "strike": strike, "underlying_price": forward, "mark_price": price(iv), "best_bid_price": price(iv - 0.01),
+        "underlying": asset, "expiry": expiry.strftime("%Y-%m-%d"), "expiry_timestamp": expiry.as_unit("s").asi8.astype(float),
+        "option_type": kind, "strike": strike, "underlying_price": forward, "mark_price": price(iv), "best_bid_price": price(iv - 0.01),
         "best_ask_price": price(iv + 0.01), "mark_iv": 100 * iv, "open_interest": 10.0, "volume": 1.0, "index_price": spot,
     })
 
 # %% ../../nbs/10_market/13_chain.ipynb #01515831
+NOT_A_TIME = np.iinfo(np.int64).min
+
+
+def _utc_index(ns: np.ndarray) -> pd.DatetimeIndex:
+    return pd.DatetimeIndex(ns.view("datetime64[ns]")).tz_localize("UTC")
+
+
 def epoch_scale(
     values: Any,  # (n,) epochs of any unit
 ) -> np.ndarray:  # (n,) int64 nanoseconds per unit
@@ -93,12 +102,12 @@ def read_numbers(
 
 def read_texts(
     column: Any,  # (n,) text of any kind
-) -> pd.Categorical:
+) -> Any:  # (n,) Categorical
     """Text, each distinct one held once."""
     series = pd.Series(column)
     return pd.Categorical(series if isinstance(series.dtype, pd.CategoricalDtype) else series.astype(object))
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #a73d5941
 def read_times(
     column: Any,  # (n,) datetimes, ISO or 27MAR26 text, or epochs
 ) -> pd.DatetimeIndex:  # (n,) datetime64[ns, UTC]; NaT where there is none
@@ -113,13 +122,6 @@ def read_times(
         return pd.DatetimeIndex(pd.to_datetime(series, utc=True)).as_unit("ns")
     times = pd.to_datetime(series.astype(str), utc=True, errors="coerce", format="ISO8601")
     return pd.DatetimeIndex(times.fillna(pd.to_datetime(series.astype(str), utc=True, errors="coerce", format="%d%b%y"))).as_unit("ns")
-
-# %% ../../nbs/10_market/13_chain.ipynb #a73d5941
-NOT_A_TIME = np.iinfo(np.int64).min
-
-
-def _utc_index(ns: np.ndarray) -> pd.DatetimeIndex:
-    return pd.DatetimeIndex(ns.view("datetime64[ns]")).tz_localize("UTC")
 
 # %% ../../nbs/10_market/13_chain.ipynb #b652a990
 def read_expiries(
@@ -149,16 +151,16 @@ def harmonise(
 ) -> pd.DataFrame:  # snapshot int32, times UTC, texts categorical, numbers float64; absent columns are there and empty
     """Raw rows in one set of types. Raises `SchemaError` where no chain can be built from them."""
     missing = [name for name in NEEDED_COLUMNS if name not in frame]
-    if missing:
-        raise SchemaError(f"columns {missing} are missing from the {len(frame.columns)} given, so no chain can be built; a harvest snapshot has at least "
-                          f"{list(NEEDED_COLUMNS)}")
+    if missing or frame.columns.has_duplicates:
+        fault = f"{missing} are missing" if missing else f"{sorted(set(frame.columns[frame.columns.duplicated()]))} stand there twice"
+        raise SchemaError(f"of {len(frame.columns)} columns {fault}, so no chain can be built; a harvest snapshot has {list(NEEDED_COLUMNS)} once each")
     columns: dict[str, Any] = {
         "snapshot": np.asarray(frame["snapshot"], dtype=np.int32) if "snapshot" in frame else np.zeros(len(frame), dtype=np.int32),
         "harvest_time": read_times(frame["harvest_time"]), "expiry": read_expiries(frame),
     }
     columns |= {name: read_texts(frame[name] if name in frame else np.full(len(frame), None)) for name in TEXT_COLUMNS}
     columns |= {name: read_numbers(frame[name]) if name in frame else np.full(len(frame), np.nan) for name in NUMBER_COLUMNS}
-    columns |= {name: read_numbers(frame[name]) for name in frame if str(name).startswith("greek_")}
+    columns |= {str(name): read_numbers(frame[name]) for name in frame if str(name).startswith("greek_")}
     return pd.DataFrame(columns, copy=False)
 
 # %% ../../nbs/10_market/13_chain.ipynb #ddc851af
@@ -520,7 +522,8 @@ def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
             if work.reason[i] != 0 or work.iv_suspect[s] or not MIN_IV <= rows.iv[i] <= MAX_IV:
                 continue
             code, mark, quoted, iv = rows.code[i], rows.mark[i], rows.quoted[i], rows.iv[i]
-            strike, implied, sign, linear = names.strike[code], work.parity[s, names.expiry_id[code]], names.sign[code], names.linear[code]
+            strike, sign, linear = names.strike[code], names.sign[code], names.linear[code]
+            implied = work.parity[s, names.expiry_id[code]]
             money = quoted if _positive(quoted) else implied
             if abs(strike / money - 1.0) <= MONEY_BAND:
                 t = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
@@ -536,7 +539,8 @@ def _wrong_unit(s, work):  # type: ignore[no-untyped-def]
     for e in range(work.scatter.shape[1]):
         known += math.isfinite(work.parity[s, e]) or work.scatter[s, e] > SCATTER_TOLERANCE
         c[Count.parity_scattered] += work.scatter[s, e] > SCATTER_TOLERANCE
-    return (c[Count.mark_tested] >= MIN_MARKS_TESTED and 2 * c[Count.mark_inconsistent] > c[Count.mark_tested]) or 2 * c[Count.parity_scattered] > known
+    by_iv = c[Count.mark_tested] >= MIN_MARKS_TESTED and 2 * c[Count.mark_inconsistent] > c[Count.mark_tested]
+    return by_iv or 2 * c[Count.parity_scattered] > known
 
 # %% ../../nbs/10_market/13_chain.ipynb #533771e0
 FORWARD_MODES = {"quoted": 0, "parity": 1, "auto": 2}
@@ -635,7 +639,8 @@ def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-un
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
         code = rows.code[i]
-        f, k, iv, t, linear = work.forward[i], names.strike[code], work.iv[i], (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR, names.linear[code]
+        f, k, iv, linear = work.forward[i], names.strike[code], work.iv[i], names.linear[code]
+        t = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
         usd_per_unit = 1.0 if linear else rows.index_price[i]
         if not _positive(usd_per_unit):
             usd_per_unit = f
@@ -689,13 +694,14 @@ def _assemble(
     raw: pd.DataFrame, keep: np.ndarray, code: np.ndarray, table: pd.DataFrame, made: _Computed,
 ) -> pd.DataFrame:
     """The chain frame from its parts; arrays are not copied."""
-    def kind(column: str, categories: list[str]) -> pd.Categorical:
-        codes = pd.Categorical(table[column], categories=categories).codes
+    def kind(column: str, categories: list[str]) -> Any:
+        codes = pd.Index(categories).get_indexer(table[column])
         return pd.Categorical.from_codes(codes[code], dtype=pd.CategoricalDtype(categories))
     def kept(column: str) -> np.ndarray: return raw[column].to_numpy()[keep]
     greeks = [name for name in raw.columns if name.startswith("greek_") and not np.isnan(raw[name].to_numpy()).all()]
     return pd.DataFrame({
-        "snapshot": kept("snapshot"), "harvest_time": raw["harvest_time"].array[keep], "instrument_name": raw["instrument_name"].array[keep],
+        "snapshot": kept("snapshot"), "harvest_time": raw["harvest_time"].array[keep],
+        "instrument_name": raw["instrument_name"].array[keep],
         "underlying": kind("asset", sorted(set(table["asset"]) - {""})), "settlement": kind("settlement", ["inverse", "linear"]),
         "expiry": table["expiry"].array.take(code), "option_type": kind("option_type", ["C", "P"]), "strike": made.strike,
         "forward": made.forward, "index_price": kept("index_price"), "mark_price": kept("mark_price"), "mark_usd": made.mark_usd,
