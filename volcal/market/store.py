@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,10 +26,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: writers there are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
 from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, ConfigError, SchemaError, StoreError, decimal_to_pct, to_utc
 
 # %% auto #0
-__all__ = ['logger', 'COLUMN_KINDS', 'OPTIONAL_COLUMNS', 'REQUIRED_COLUMNS', 'OWN_COLUMNS', 'KINDS_OF_HISTORY', 'SnapshotRef',
+__all__ = ['logger', 'COLUMN_KINDS', 'OWN_COLUMNS', 'OPTIONAL_COLUMNS', 'REQUIRED_COLUMNS', 'KINDS_OF_HISTORY', 'SnapshotRef',
            'SchemaFailure', 'RawBatch', 'column_kind', 'check_schema', 'DayIndex', 'read_day_index', 'SnapshotFinder',
            'select_snapshots', 'group_by_day', 'within_window', 'SnapshotReader', 'harvest_table', 'to_harvest_frame',
            'same_content', 'SnapshotWriter', 'CompactionReport', 'Compactor', 'history_frame', 'Store']
@@ -44,9 +49,9 @@ COLUMN_KINDS: dict[str, str] = {
     "greek_delta": "number", "greek_gamma": "number", "greek_theta": "number", "greek_vega": "number",
     "index_price": "number", "underlying_index": "text", "interest_rate": "number",
 }
-OPTIONAL_COLUMNS = ("bid_iv", "ask_iv", "greek_delta", "greek_gamma", "greek_theta", "greek_vega", "index_price", "underlying_index", "interest_rate")
+OWN_COLUMNS = ("index_price", "underlying_index", "interest_rate")  # what volcal's own harvester adds
+OPTIONAL_COLUMNS = ("bid_iv", "ask_iv", "greek_delta", "greek_gamma", "greek_theta", "greek_vega", *OWN_COLUMNS)
 REQUIRED_COLUMNS = tuple(c for c in COLUMN_KINDS if c not in OPTIONAL_COLUMNS)
-OWN_COLUMNS = ("index_price", "underlying_index", "interest_rate")
 _ACCEPTED = {"time": {"time"}, "text": {"text"}, "number": {"number"}, "expiry": {"text", "time"}, "epoch": {"number", "time"}}
 
 # %% ../../nbs/10_market/15_store.ipynb #84cf87b4
@@ -58,7 +63,7 @@ class SnapshotRef(NamedTuple):
     path: str  # the snapshot's own file, or the compacted file of its day
     day: date  # UTC day
 
-
+# %% ../../nbs/10_market/15_store.ipynb #6a0049a8
 @dataclass(frozen=True)
 class SchemaFailure:
     """A file that could not serve as a snapshot, and why."""
@@ -75,7 +80,7 @@ class SchemaFailure:
         has = f"; it has {', '.join(self.found) or 'no columns'}" if self.found else ""
         return f"{self.path}: {self.reason}{fault}{has}{'; ' + self.detail if self.detail else ''}"
 
-
+# %% ../../nbs/10_market/15_store.ipynb #3ccdc2a9
 @dataclass(frozen=True)
 class RawBatch:
     """Snapshots read together: one frame of harmonised types, and what failed."""
@@ -100,7 +105,7 @@ def column_kind(
         return "text"
     return "number" if t.is_integer(dtype) or t.is_floating(dtype) or t.is_decimal(dtype) else "other"
 
-
+# %% ../../nbs/10_market/15_store.ipynb #a7b38264
 def check_schema(
     schema: pa.Schema,  # of one file
 ) -> tuple[str, tuple[str, ...]] | None:  # reason and columns at fault; None where it is a snapshot
@@ -136,7 +141,7 @@ def _canonical_column(column: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
         column = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
     return column.cast(pa.float64(), safe=False)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #c237ffc3
 def _canonical(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
     types = {"time": pa.timestamp("ns", "UTC"), "text": _TEXT, "expiry": _TEXT}
     have = set(table.column_names)
@@ -176,7 +181,7 @@ def _categorical(column: pa.ChunkedArray) -> pd.Categorical:
     codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     return pd.Categorical.from_codes(codes, categories=pd.Index(array.dictionary.to_pandas()))
 
-
+# %% ../../nbs/10_market/15_store.ipynb #548a6cd4
 def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.DataFrame:
     """Canonical columns as the frame that leaves the store."""
     out: dict[str, Any] = {"snapshot": np.repeat(np.arange(len(counts), dtype=np.int32), counts)}
@@ -192,7 +197,7 @@ def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.
             out[name] = _expiry(table, counts)
     return pd.DataFrame(out, copy=False)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #62c710f7
 def _expiry(table: pa.Table, counts: np.ndarray) -> pd.DatetimeIndex:
     """The expiry from its number, and from its text where there is none."""
     ns = _expiry_ns(table.column("expiry_timestamp").to_numpy(), counts)
@@ -204,19 +209,13 @@ def _expiry(table: pa.Table, counts: np.ndarray) -> pd.DatetimeIndex:
     return _utc(ns)
 
 # %% ../../nbs/10_market/15_store.ipynb #6d34eb6e
-class _LocalFiles:
-    """A folder of this machine."""
+class _LocalLooking:
+    """What is in a folder of this machine."""
 
     workers = 2
 
-    def names(self, folder: str) -> list[str]:
-        try:
-            return [n for n in os.listdir(folder) if not n.startswith(".")]
-        except NotADirectoryError:
-            return []
-
-    def hidden(self, folder: str) -> list[str]:
-        return [n for n in os.listdir(folder) if n.startswith(".")]
+    def all_names(self, folder: str) -> list[str]:
+        return os.listdir(folder) if os.path.isdir(folder) or not os.path.exists(folder) else []
 
     def read(self, path: str) -> Any:
         with open(path, "rb") as handle:
@@ -228,48 +227,55 @@ class _LocalFiles:
     def exists(self, path: str) -> bool:
         return os.path.exists(path)
 
-    def remove(self, path: str) -> None:
-        os.remove(path)
-
     def size(self, path: str) -> int:
         return os.path.getsize(path)
 
     def age(self, path: str) -> float:
         return clock.time() - os.path.getmtime(path)
 
-    def sync(self, folder: str) -> None:
-        if os.name == "posix":
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+# %% ../../nbs/10_market/15_store.ipynb #329e595e
+def _sync_folder(folder: str) -> None:
+    """Flush a rename to the disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+# %% ../../nbs/10_market/15_store.ipynb #3ea98973
+def _put_local(path: str, data: Any, verify: Callable[[Any], None]) -> None:
+    folder, name = os.path.split(path)
+    draft = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(draft, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        verify(_LocalLooking().read(draft))
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(draft)
+        raise
+    _sync_folder(folder)
+
+# %% ../../nbs/10_market/15_store.ipynb #6fb60165
+class _LocalFiles(_LocalLooking):
+    """A folder of this machine."""
+
+    def remove(self, path: str) -> None:
+        os.remove(path)
 
     def put(self, path: str, data: Any, verify: Callable[[Any], None]) -> None:
-        """Write beside the target, flush, read back, verify, rename, flush the folder."""
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        draft = os.path.join(folder, f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(draft, "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            verify(self.read(draft))
-            os.replace(draft, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(draft)
-            raise
-        self.sync(folder)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        _put_local(path, data, verify)
 
     @contextlib.contextmanager
     def lock(self, folder: str) -> Iterator[None]:
         """One writer per folder; the lock goes with the process, however it ends."""
         os.makedirs(folder, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:
+        if fcntl is None:
             yield
             return
         handle = os.open(folder, os.O_RDONLY)
@@ -279,24 +285,18 @@ class _LocalFiles:
         finally:
             os.close(handle)
 
-# %% ../../nbs/10_market/15_store.ipynb #329e595e
-class _RemoteFiles:
-    """An object store behind an fsspec filesystem."""
+# %% ../../nbs/10_market/15_store.ipynb #f0d68e90
+class _RemoteLooking:
+    """What is in an object store behind an fsspec filesystem."""
 
     workers = 16
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
 
-    def _ls(self, folder: str) -> list[str]:
+    def all_names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache(folder)
         return [p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(folder, detail=False)]
-
-    def names(self, folder: str) -> list[str]:
-        return [n for n in self._ls(folder) if not n.startswith(".")]
-
-    def hidden(self, folder: str) -> list[str]:
-        return [n for n in self._ls(folder) if n.startswith(".")]
 
     def read(self, path: str) -> Any:
         return self.fs.cat_file(path)
@@ -308,17 +308,20 @@ class _RemoteFiles:
         self.fs.invalidate_cache(path.rsplit("/", 1)[0])
         return bool(self.fs.exists(path))
 
-    def remove(self, path: str) -> None:
-        self.fs.rm_file(path)
-
     def size(self, path: str) -> int:
         return int(self.fs.size(path))
 
     def age(self, path: str) -> float:
         return (pd.Timestamp.now("UTC") - to_utc(self.fs.modified(path))).total_seconds()
 
+# %% ../../nbs/10_market/15_store.ipynb #bb3201c5
+class _RemoteFiles(_RemoteLooking):
+    """An object store behind an fsspec filesystem."""
+
+    def remove(self, path: str) -> None:
+        self.fs.rm_file(path)
+
     def put(self, path: str, data: Any, verify: Callable[[Any], None]) -> None:
-        """Write under a temporary key, read back, verify, move."""
         folder, name = path.rsplit("/", 1)
         draft = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
         self.fs.makedirs(folder, exist_ok=True)
@@ -350,8 +353,6 @@ class DayIndex:
     def starts(self) -> list[int]:
         return [0, *itertools.accumulate(self.rows)][:-1]
 
-
-
 # %% ../../nbs/10_market/15_store.ipynb #56418a12
 _SMALL = re.compile(r"(?P<asset>.+)_(?P<day>\d{4}-\d{2}-\d{2})_(?P<hour>[01]\d|2[0-3])(?P<minute>[0-5]\d)\.parquet")
 _ASSET = re.compile(r"[A-Z0-9]+(?:_[A-Z]+)?")
@@ -366,7 +367,7 @@ def read_day_index(
     meta = pq.read_metadata(source)
     text = (meta.metadata or {}).get(_INDEX_KEY)
     if text is None:
-        raise SchemaError("this day file does not say which snapshots it holds, so none is read from it; write it with Store.compact, or move it away")
+        raise SchemaError("this day file does not say which snapshots it holds, so none is read; write it by Store.compact or move it")
     index = json.loads(text)
     midnight = to_utc(index["day"])
     times = tuple(midnight + pd.Timedelta(minutes=60 * int(m[:2]) + int(m[2:])) for m in index["minutes"])
@@ -388,6 +389,8 @@ class _Root:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r})"
 
+# %% ../../nbs/10_market/15_store.ipynb #2d437b3a
+class _Paths(_Root):
     @property
     def _files(self) -> _LocalFiles | _RemoteFiles:
         if "://" not in self.root:
@@ -395,6 +398,9 @@ class _Root:
         import fsspec
 
         return _RemoteFiles(fsspec.core.url_to_fs(self.root, **self.storage_options)[0])
+
+    def _names(self, folder: str) -> list[str]:
+        return [n for n in self._files.all_names(folder) if not n.startswith(".")]
 
     def _path(self, *parts: str) -> str:
         base = self.root.rstrip("/") if "://" in self.root else os.path.expanduser(self.root)
@@ -406,19 +412,21 @@ class _Root:
     def _day_file(self, asset: str, day: date) -> str:
         return self._path(asset, f"{day:%Y}", f"{day:%m}", f"{day:%d}", f"{asset}_{day:%Y-%m-%d}.parquet")
 
-# %% ../../nbs/10_market/15_store.ipynb #2d437b3a
-class _Folders(_Root):
+# %% ../../nbs/10_market/15_store.ipynb #cdccbb30
+class _Years(_Paths):
     def _numbered(self, *parts: str) -> list[str]:
-        return sorted(n for n in self._files.names(self._path(*parts)) if n.isdigit())
+        return sorted(n for n in self._names(self._path(*parts)) if n.isdigit())
 
     def assets(self) -> list[str]:
         """The assets that have a harvest here. Raises `StoreError` for a root that is not there."""
         try:
-            names = self._files.names(self._path())
+            names = self._names(self._path())
         except FileNotFoundError as error:
-            raise StoreError(f"there is no folder {self.root}, so there is nothing to read; harvest into it or name another root") from error
+            raise StoreError(f"there is no folder {self.root}, so nothing can be read; harvest into it or name another root") from error
         return sorted(n for n in names if _ASSET.fullmatch(n) and self._numbered(n))
 
+# %% ../../nbs/10_market/15_store.ipynb #e9e31402
+class _Folders(_Years):
     def days(
         self,
         asset: str,  # BTC, ETH, SOL_USDC, ...
@@ -431,7 +439,8 @@ class _Folders(_Root):
         try:
             years = self._numbered(asset)
         except FileNotFoundError as error:
-            raise StoreError(f"there is no folder {self._path(asset)}, so {asset} has no snapshots; this root has {', '.join(self.assets()) or 'no assets'}") from error
+            has = ", ".join(self.assets()) or "no assets"
+            raise StoreError(f"there is no folder {self._path(asset)}, so {asset} has no snapshots; this root has {has}") from error
         found = []
         for year in (y for y in years if first.year <= int(y) <= last.year):
             for month in self._numbered(asset, year):
@@ -441,14 +450,16 @@ class _Folders(_Root):
         return [d for d in found if first <= d <= last]
 
 # %% ../../nbs/10_market/15_store.ipynb #e850fa0b
-class SnapshotFinder(_Folders):
-    """Snapshots of a window, from names (and the footers of compacted days) alone."""
+def _small_refs(folder: str, asset: str, day: date, names: Iterable[str]) -> dict[pd.Timestamp, SnapshotRef]:
+    """The small files of a day by minute; any other name is none of ours."""
+    prefix, midnight = f"{asset}_{day:%Y-%m-%d}_", pd.Timestamp(day, tz="UTC")
+    found = [(match, name) for name in names if name.startswith(prefix) and (match := _SMALL.fullmatch(name))]
+    times = [midnight + pd.Timedelta(minutes=60 * int(m["hour"]) + int(m["minute"])) for m, _ in found]
+    return {t: SnapshotRef(asset, t, f"{folder}/{name}", day) for t, (_, name) in zip(times, found, strict=True)}
 
-    def _small(self, asset: str, day: date, names: Iterable[str]) -> dict[pd.Timestamp, SnapshotRef]:
-        folder, prefix, midnight = self._day_folder(asset, day), f"{asset}_{day:%Y-%m-%d}_", pd.Timestamp(day, tz="UTC")
-        found = [(match, name) for name in names if name.startswith(prefix) and (match := _SMALL.fullmatch(name))]
-        times = [midnight + pd.Timedelta(minutes=60 * int(m["hour"]) + int(m["minute"])) for m, _ in found]
-        return {t: SnapshotRef(asset, t, f"{folder}/{name}", day) for t, (_, name) in zip(times, found, strict=True)}
+# %% ../../nbs/10_market/15_store.ipynb #5984d934
+class _DayFinder(_Folders):
+    """The snapshots of one day."""
 
     def _index(self, asset: str, day: date) -> DayIndex:
         with self._files.open(self._day_file(asset, day)) as source:
@@ -456,11 +467,11 @@ class SnapshotFinder(_Folders):
 
     def _of_day(self, asset: str, day: date, low: pd.Timestamp | None = None) -> list[SnapshotRef]:
         folder, day_file = self._day_folder(asset, day), self._day_file(asset, day)
-        names = self._files.names(folder)
+        names = self._names(folder)
         compacted = day_file.rsplit("/", 1)[-1] in names
         if not compacted and self._files.exists(day_file):  # compacted while the folder was listed
-            names, compacted = self._files.names(folder), True
-        refs = self._small(asset, day, names)
+            names, compacted = self._names(folder), True
+        refs = _small_refs(folder, asset, day, names)
         if not compacted:
             return sorted(refs.values())
         try:
@@ -469,6 +480,10 @@ class SnapshotFinder(_Folders):
             logger.warning("day file %s cannot be read: %s", day_file, error)
             midnight = pd.Timestamp(day, tz="UTC")
             return sorted([*refs.values(), SnapshotRef(asset, max(midnight, low or midnight), day_file, day)])
+
+# %% ../../nbs/10_market/15_store.ipynb #695ebd07
+class SnapshotFinder(_DayFinder):
+    """Snapshots of a window, from names (and the footers of compacted days) alone."""
 
     def find(
         self,
@@ -492,7 +507,8 @@ def select_snapshots(
 ) -> list[SnapshotRef]:
     """Fewer snapshots, spread over the whole window. Raises `ConfigError` for a step below 1 or a negative maximum."""
     if snapshot_step < 1 or (max_snapshots or 0) < 0:
-        raise ConfigError(f"snapshot_step is {snapshot_step} and max_snapshots {max_snapshots}; the step must be at least 1 and the maximum not negative")
+        given = f"snapshot_step is {snapshot_step} and max_snapshots {max_snapshots}"
+        raise ConfigError(f"{given}; the step must be at least 1 and the maximum not negative")
     kept = sorted(refs, key=lambda ref: ref.time)[::snapshot_step]
     if not max_snapshots or len(kept) <= max_snapshots:
         return kept
@@ -550,7 +566,7 @@ def _snapshot_of(table: pa.Table, index: DayIndex, number: int) -> pa.Table:
     schema = index.schemas[index.schema_of[number]]
     return table.slice(index.starts[number], index.rows[number]).select(schema.names).cast(schema)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #3669c85f
 class _RawReader(SnapshotFinder):
     def read(
         self,
@@ -574,13 +590,13 @@ class _RawReader(SnapshotFinder):
             index, meta = read_day_index(source)
             return _snapshot_of(pq.ParquetFile(source, metadata=meta).read(), index, index.times.index(ref.time))
 
-# %% ../../nbs/10_market/15_store.ipynb #3669c85f
+# %% ../../nbs/10_market/15_store.ipynb #2cfc8562
 def _plain(table: pa.Table) -> pa.Table:
     """The same values without dictionaries and metadata."""
     types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in table.schema]
     return table.cast(pa.schema([pa.field(n, t) for n, t in zip(table.column_names, types, strict=True)]))
 
-
+# %% ../../nbs/10_market/15_store.ipynb #6524404c
 class _PartReader(_RawReader):
     def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
         found: tuple[str, ...] = ()
@@ -624,7 +640,7 @@ def _day_parts(table: pa.Table, index: DayIndex, refs: list[SnapshotRef]) -> lis
         out.append(_Part([r for _, r in run], rows, table.slice(starts[run[0][0]], sum(rows))))
     return out
 
-
+# %% ../../nbs/10_market/15_store.ipynb #3eb3c0be
 class SnapshotReader(_PartReader):
     """Snapshots as frames."""
 
@@ -650,7 +666,7 @@ class SnapshotReader(_PartReader):
     def _load(self, job: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
         return self._load_day(job, wanted) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
 
-# %% ../../nbs/10_market/15_store.ipynb #3eb3c0be
+# %% ../../nbs/10_market/15_store.ipynb #8022d977
 def _wanted(columns: Sequence[str] | None) -> list[str]:
     unknown = [c for c in columns or () if c not in COLUMN_KINDS and c != "snapshot"]
     if unknown:
@@ -671,7 +687,7 @@ def _harmonised(run: list[_Part], wanted: Sequence[str]) -> list[_Part | SchemaF
             return [SchemaFailure(r.path, r.time, "unreadable", detail=str(error)) for r in run[0].refs]
         return [out for part in run for out in _harmonised([part], wanted)]
 
-
+# %% ../../nbs/10_market/15_store.ipynb #4f3bb8a4
 def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> RawBatch:
     failures = [p for p in loaded if isinstance(p, SchemaFailure)]
     groups = itertools.groupby((p for p in loaded if isinstance(p, _Part)), key=lambda p: p.table.schema)
@@ -694,15 +710,16 @@ def harvest_table(
     table = table.replace_schema_metadata(None)
     fault = check_schema(table.schema)
     if fault or not table.num_rows:
-        reason, columns = fault or ("no_rows", ())
-        raise SchemaError(f"the snapshot is not written: {reason} {', '.join(columns)}; it has {table.num_rows} rows of {', '.join(table.column_names)}")
+        reason, at_fault = fault or ("no_rows", ())
+        has = f"it has {table.num_rows} rows of {', '.join(table.column_names)}"
+        raise SchemaError(f"the snapshot is not written: {reason} {', '.join(at_fault)}; {has}")
     have = set(table.column_names)
     layout = [c for c in COLUMN_KINDS if c in have or c not in OWN_COLUMNS]
     extra = [c for c in table.column_names if c not in COLUMN_KINDS]
     columns = [_layout_column(table, c) for c in layout] + [table.column(c) for c in extra]
     return pa.Table.from_arrays(columns, names=layout + extra)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #e00ff553
 def _layout_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     kind = COLUMN_KINDS[name]
     is_text = name in table.column_names and column_kind(table.schema.field(name).type) == "text"
@@ -760,11 +777,26 @@ def _same_shape(table: pa.Table) -> Callable[[Any], None]:
     def verify(data: Any) -> None:
         back = pq.read_table(pa.BufferReader(data))
         if back.num_rows != table.num_rows or not back.schema.equals(table.schema):
-            raise StoreError(f"wrote {table.num_rows} rows but {back.num_rows} came back, or of other columns; nothing was kept, check the disk and write again")
+            came = f"wrote {table.num_rows} rows but {back.num_rows} came back, or of other columns"
+            raise StoreError(f"{came}; nothing was kept, check the disk and write again")
     return verify
 
+# %% ../../nbs/10_market/15_store.ipynb #f397785f
+class _MinuteReader(SnapshotReader):
+    def _existing(self, ref: SnapshotRef) -> tuple[pa.Table, str] | None:
+        """The snapshot of that minute, if any, small or compacted."""
+        day_file = self._day_file(ref.asset, ref.day)
+        try:
+            if self._files.exists(day_file):
+                if ref.time in self._index(ref.asset, ref.day).times:
+                    return self._raw(ref._replace(path=day_file)), day_file
+            return (self._raw(ref), ref.path) if self._files.exists(ref.path) else None
+        except _READ_ERRORS as error:
+            what = f"what is stored for {ref.time:%Y-%m-%d %H:%M} cannot be read ({error})"
+            raise StoreError(f"{what}, so nothing is written over it; remove it first") from error
 
-class SnapshotWriter(SnapshotReader):
+# %% ../../nbs/10_market/15_store.ipynb #09834152
+class SnapshotWriter(_MinuteReader):
     """Snapshots written whole or not at all."""
 
     def write_snapshot(
@@ -788,17 +820,6 @@ class SnapshotWriter(SnapshotReader):
         raise StoreError(f"{where} holds another snapshot of {minute:%Y-%m-%d %H:%M} ({old.num_rows} rows, this one {table.num_rows}), "
                          "which is not overwritten; keep one of them, or write this one under its own minute")
 
-    def _existing(self, ref: SnapshotRef) -> tuple[pa.Table, str] | None:
-        """The snapshot of that minute, if any, small or compacted."""
-        day_file = self._day_file(ref.asset, ref.day)
-        try:
-            if self._files.exists(day_file):
-                if ref.time in self._index(ref.asset, ref.day).times:
-                    return self._raw(ref._replace(path=day_file)), day_file
-            return (self._raw(ref), ref.path) if self._files.exists(ref.path) else None
-        except _READ_ERRORS as error:
-            raise StoreError(f"what is stored for {ref.time:%Y-%m-%d %H:%M} cannot be read ({error}), so nothing is written over it; remove it first") from error
-
 # %% ../../nbs/10_market/15_store.ipynb #b712993d
 @dataclass(frozen=True)
 class CompactionReport:
@@ -816,32 +837,34 @@ class CompactionReport:
     bytes_after: int = 0
 
 # %% ../../nbs/10_market/15_store.ipynb #b2d10382
-def _merge(snapshots: dict[pd.Timestamp, pa.Table]) -> tuple[pa.Table, DayIndex, dict[pd.Timestamp, str]]:
-    """One table and its index, and the snapshots whose types would lose something. Earlier entries set the types."""
+def _common_types(snapshots: dict[pd.Timestamp, pa.Table]) -> tuple[list[pa.Schema], pa.Schema]:
+    """The schemas that go together, the earlier entries' first, and the one that holds them all."""
     schemas: list[pa.Schema] = []
-    target, misfits = pa.schema([]), {}
-    for time, table in snapshots.items():
+    target = pa.schema([])
+    for table in snapshots.values():
         if table.schema not in schemas:
-            try:
+            with contextlib.suppress(pa.ArrowException):
                 target = pa.unify_schemas([target, table.schema], promote_options="permissive")
                 schemas.append(table.schema)
-            except pa.ArrowException as error:
-                misfits[time] = str(error)
+    return schemas, target
+
+# %% ../../nbs/10_market/15_store.ipynb #8f488549
+def _merge(
+    snapshots: dict[pd.Timestamp, pa.Table],
+) -> tuple[pa.Table, DayIndex, set[pd.Timestamp]]:  # the day, its index, and the snapshots that would lose something
+    schemas, target = _common_types(snapshots)
     wide = {}
     for time, table in snapshots.items():
-        if table.schema in schemas:
-            with contextlib.suppress(pa.ArrowException):
-                wide[time] = _widened(time, table, target)
-            if time not in wide or not same_content(wide[time].select(table.column_names).cast(table.schema), table):
-                wide.pop(time, None)
-                misfits[time] = "its values do not survive the day's common types"
-        elif time not in misfits:
-            misfits[time] = "its types do not go with those of the day"
+        with contextlib.suppress(pa.ArrowException):
+            candidate = _widened(time, table, target)
+            if table.schema in schemas and same_content(candidate.select(table.column_names).cast(table.schema), table):
+                wide[time] = candidate
     times = sorted(wide)
-    index = DayIndex(tuple(times), tuple(wide[t].num_rows for t in times), tuple(schemas.index(snapshots[t].schema) for t in times), tuple(schemas))
-    return pa.concat_tables([wide[t] for t in times]) if times else pa.table({}), index, misfits
+    rows, schema_of = tuple(wide[t].num_rows for t in times), tuple(schemas.index(snapshots[t].schema) for t in times)
+    index = DayIndex(tuple(times), rows, schema_of, tuple(schemas))
+    return pa.concat_tables([wide[t] for t in times]) if times else pa.table({}), index, set(snapshots) - set(wide)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #bc57dd33
 def _widened(time: pd.Timestamp, table: pa.Table, target: pa.Schema) -> pa.Table:
     """A snapshot with its minute and every column of the day."""
     have, n = set(table.column_names), table.num_rows
@@ -865,10 +888,27 @@ def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) ->
         table = pq.read_table(pa.BufferReader(data))
         whole = back == index and table.num_rows == sum(index.rows)
         if not whole or not all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times)):
-            raise StoreError("the compacted day read back differs from its snapshots; nothing was changed, check the disk and compact again")
+            raise StoreError("the compacted day read back differs from its snapshots; nothing was changed, check the disk and try again")
     return verify
 
+# %% ../../nbs/10_market/15_store.ipynb #e20525ca
+def _sweep(files: _LocalFiles | _RemoteFiles, folder: str) -> None:
+    """Remove drafts that a killed writer left an hour ago or more."""
+    for name in files.all_names(folder):
+        if name.startswith(".") and name.endswith(".tmp") and files.age(f"{folder}/{name}") > 3600:
+            files.remove(f"{folder}/{name}")
 
+
+def _stored(files: _LocalFiles | _RemoteFiles, path: str) -> dict[pd.Timestamp, pa.Table]:
+    """What the day file holds already."""
+    if not files.exists(path):
+        return {}
+    with files.open(path) as source:
+        index, meta = read_day_index(source)
+        table = pq.ParquetFile(source, metadata=meta).read()
+    return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
+
+# %% ../../nbs/10_market/15_store.ipynb #5d49ceaf
 def _compaction_fault(table: pa.Table, stored: pa.Table | None) -> tuple[str, tuple[str, ...]] | None:
     """Why a small file must stay, if it must."""
     if stored is not None:
@@ -877,41 +917,11 @@ def _compaction_fault(table: pa.Table, stored: pa.Table | None) -> tuple[str, tu
         return "reserved_column", ("snapshot_time",)
     return check_schema(table.schema) or (None if table.num_rows else ("no_rows", ()))
 
-# %% ../../nbs/10_market/15_store.ipynb #e20525ca
-class Compactor(SnapshotWriter):
-    """Finished days as one file each."""
-
-    def compact(
-        self,
-        asset: str,  # BTC, ETH, SOL_USDC, ...
-        day: Any,  # UTC day; must be over
-    ) -> CompactionReport:
-        """Merge the small files of a day into one, verify it, then remove them. May be repeated when more come later."""
-        when = to_utc(day).date()
-        if when >= datetime.now(timezone.utc).date():
-            raise StoreError(f"{when} is not over, so it is not compacted; compact it tomorrow")
-        if when not in self.days(asset, f"{when}", f"{when}T23:59"):
-            raise StoreError(f"{asset} has no folder for {when} under {self.root}, so there is nothing to compact")
-        with self._files.lock(self._day_folder(asset, when)):
-            report = self._compact(asset, when)
-        logger.info("compacted %s %s: %d added, %d removed, %d left", asset, when, report.added, report.removed, len(report.left))
-        return report
-
-    def _sweep(self, folder: str) -> None:
-        """Remove drafts that a killed writer left an hour ago or more."""
-        for name in self._files.hidden(folder):
-            if name.endswith(".tmp") and self._files.age(f"{folder}/{name}") > 3600:
-                self._files.remove(f"{folder}/{name}")
-
-    def _stored(self, path: str) -> dict[pd.Timestamp, pa.Table]:
-        if not self._files.exists(path):
-            return {}
-        with self._files.open(path) as source:
-            index, meta = read_day_index(source)
-            table = pq.ParquetFile(source, metadata=meta).read()
-        return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
-
-    def _fresh(self, small: dict[pd.Timestamp, SnapshotRef], stored: dict[pd.Timestamp, pa.Table]) -> tuple[dict[pd.Timestamp, pa.Table], list[SchemaFailure]]:
+# %% ../../nbs/10_market/15_store.ipynb #09ffcb4d
+class _CompactReader(SnapshotWriter):
+    def _fresh(
+        self, small: dict[pd.Timestamp, SnapshotRef], stored: dict[pd.Timestamp, pa.Table]
+    ) -> tuple[dict[pd.Timestamp, pa.Table], list[SchemaFailure]]:
         """Small files that may go: new ones of the right schema, and those that the day file holds already."""
         fresh, left = {}, []
         for time, ref in sorted(small.items()):
@@ -922,21 +932,23 @@ class Compactor(SnapshotWriter):
                 continue
             fault = _compaction_fault(table, stored.get(time))
             if fault:
-                left.append(SchemaFailure(ref.path, time, fault[0], fault[1], tuple(table.column_names)))
+                left.append(SchemaFailure(ref.path, time, *fault, tuple(table.column_names)))
             else:
                 fresh[time] = table
         return fresh, left
 
+# %% ../../nbs/10_market/15_store.ipynb #7af202a6
+class _DayCompactor(_CompactReader):
     def _compact(self, asset: str, day: date) -> CompactionReport:
         folder, path = self._day_folder(asset, day), self._day_file(asset, day)
-        self._sweep(folder)
-        small = self._small(asset, day, self._files.names(folder))
-        stored = self._stored(path)
+        _sweep(self._files, folder)
+        small = _small_refs(folder, asset, day, self._names(folder))
+        stored = _stored(self._files, path)
         fresh, left = self._fresh(small, stored)
         table, index, misfits = _merge(stored | {t: s for t, s in fresh.items() if t not in stored})
-        if set(misfits) & set(stored):
+        if misfits & set(stored):
             raise StoreError(f"{path} and the later small files of that day have types that do not go together; nothing was changed")
-        left += [SchemaFailure(small[t].path, t, "incompatible", detail=why) for t, why in misfits.items()]
+        left += [SchemaFailure(small[t].path, t, "incompatible", detail="its types do not go with the day's") for t in sorted(misfits)]
         done = [small[t].path for t in fresh if t not in misfits]
         before = sum(self._files.size(p) for p in done)
         if set(index.times) - set(stored):
@@ -944,7 +956,28 @@ class Compactor(SnapshotWriter):
         for small_path in done:
             self._files.remove(small_path)
         after = self._files.size(path) if index.times else 0
-        return CompactionReport(asset, day, path, len(index.times), table.num_rows, len(index.times) - len(stored), len(done), left, before, after)
+        n = len(index.times)
+        return CompactionReport(asset, day, path, n, table.num_rows, n - len(stored), len(done), left, before, after)
+
+# %% ../../nbs/10_market/15_store.ipynb #96c39cfc
+class Compactor(_DayCompactor):
+    """Finished days as one file each."""
+
+    def compact(
+        self,
+        asset: str,  # BTC, ETH, SOL_USDC, ...
+        day: Any,  # UTC day; must be over
+    ) -> CompactionReport:
+        """Merge the small files of a day into one, verify it, then remove them. May be repeated when more come later."""
+        when = to_utc(day).date()
+        if when >= datetime.now(UTC).date():
+            raise StoreError(f"{when} is not over, so it is not compacted; compact it tomorrow")
+        if when not in self.days(asset, f"{when}", f"{when}T23:59"):
+            raise StoreError(f"{asset} has no folder for {when} under {self.root}, so there is nothing to compact")
+        with self._files.lock(self._day_folder(asset, when)):
+            report = self._compact(asset, when)
+        logger.info("compacted %s %s: %d added, %d removed, %d left", asset, when, report.added, report.removed, len(report.left))
+        return report
 
 # %% ../../nbs/10_market/15_store.ipynb #60418717
 KINDS_OF_HISTORY: dict[str, tuple[str, ...]] = {"ohlc": ("open", "high", "low", "close"), "dvol": ("close",)}
@@ -960,12 +993,13 @@ def history_frame(
     name = next((c for c in _TIME_NAMES if c in frame), None)
     missing = [c for c in KINDS_OF_HISTORY[kind] if c not in frame]
     if name is None or missing:
-        raise SchemaError(f"not a history of {kind}: no {', '.join(missing) if name else 'timestamp'} among {', '.join(frame)}; nothing was used")
+        lacks, has = ", ".join(missing) if name else "timestamp", ", ".join(map(str, frame.columns))
+        raise SchemaError(f"not a history of {kind}: no {lacks} among {has}; nothing was used")
     out = frame.drop(columns=name)
     out.insert(0, "timestamp", _times(frame[name]))
     return out.dropna(subset="timestamp").drop_duplicates("timestamp", keep="last").sort_values("timestamp", ignore_index=True)
 
-
+# %% ../../nbs/10_market/15_store.ipynb #3257e111
 def _times(values: pd.Series) -> pd.DatetimeIndex:
     if pd.api.types.is_numeric_dtype(values):
         return _utc(_expiry_ns(values.to_numpy(np.float64), np.array([len(values)])))
