@@ -128,7 +128,8 @@ def _bracketed(value: float, f: float, k: float) -> float:
     side = -1.0 if value > 0.5 * lo else 1.0
     left, right = 0.0, 10.0 + math.sqrt(100.0 + 2.0 * x)
     near = math.sqrt(max(-2.0 * math.log(rest / most), 0.0))
-    s = near + math.sqrt(near * near + 2.0 * x) if side < 0.0 else x / _bachelier_guess(target / max(x, 1e-20)) if x > 1e-20 else 2.5066 * target
+    low = x / _bachelier_guess(target / x) if x > 1e-20 else 2.5066 * target
+    s = low if side > 0.0 else near + math.sqrt(near * near + 2.0 * x)
     for _ in range(100):
         s = s if left < s < right else 0.5 * (left + right)
         h = -x / s
