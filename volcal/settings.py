@@ -15,12 +15,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from .units import ConfigError
 
 # %% auto #0
-__all__ = ['ANCHOR_DELTAS', 'SMILE_DELTAS', 'SYNTHETIC_ANCHORS_CALL', 'SYNTHETIC_ANCHORS_PUT', 'CALL_PREMIUM_ANCHORS_CALL',
+__all__ = ['ANCHOR_DELTAS', 'FAR_DELTAS', 'SYNTHETIC_ANCHORS_CALL', 'SYNTHETIC_ANCHORS_PUT', 'CALL_PREMIUM_ANCHORS_CALL',
            'CALL_PREMIUM_ANCHORS_PUT', 'Settings', 'get_settings', 'real_data_root']
 
 # %% ../nbs/00_foundation/01_settings.ipynb #e18b6007
 ANCHOR_DELTAS = (0.15, 0.25, 0.35)
-SMILE_DELTAS = (0.05, 0.10, 0.90, 0.95)
+FAR_DELTAS = (0.02, 0.05, 0.10)
 SYNTHETIC_ANCHORS_CALL = {0.15: 1.05, 0.25: 1.02, 0.35: 1.01}
 SYNTHETIC_ANCHORS_PUT = {0.15: 1.14, 0.25: 1.07, 0.35: 1.03}
 CALL_PREMIUM_ANCHORS_CALL = {0.15: 1.14, 0.25: 1.07, 0.35: 1.03}

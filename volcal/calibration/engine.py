@@ -41,11 +41,11 @@ log = logging.getLogger("volcal.engine")
 
 # %% auto #0
 __all__ = ['log', 'SAMPLE_ROWS', 'RESULT_ROWS', 'ALL_KEYS', 'ROW_NUMBERS', 'TIMELINE_DAYS', 'MULTIPLIER_BOUNDS',
-           'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'add_sums', 'trim_sample', 'Prepared',
-           'prepare', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'Fit', 'fit_sums', 'group_candidates',
-           'row_columns', 'measure', 'global_metrics', 'best_multiplier', 'calibrate_iv_multiplier_from_dataset',
-           'recommended_surface', 'surface_dict', 'build_vol_surface_from_calibration', 'levels_by_label',
-           'error_ladder', 'Source', 'out_of_sample', 'finish']
+           'SVI_WING_WEIGHT', 'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'add_sums',
+           'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'Fit',
+           'fit_sums', 'group_candidates', 'row_columns', 'measure', 'global_metrics', 'best_multiplier',
+           'calibrate_iv_multiplier_from_dataset', 'recommended_surface', 'surface_dict',
+           'build_vol_surface_from_calibration', 'levels_by_label', 'error_ladder', 'Source', 'out_of_sample', 'finish']
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #86b2e602
 SAMPLE_ROWS = 200_000
@@ -206,11 +206,13 @@ def prepare(
     liquid, first, rules = liquidity_filter(frame, config.filters)
     counts = Counter({"outside_dte_ranges": int((~anywhere).sum()), "option_type_not_used": int((anywhere & ~of_type).sum())})
     liquidity = Counter(count_by_rule(first, anywhere & of_type, rules))
-    keys = row_keys(frame["instrument_name"], chain.snapshots["time"].array.asi8[_position(chain, frame)], config.seed)
+    times = chain.snapshots["time"].array.asi8[_position(chain, frame)]
+    keys = row_keys(frame["instrument_name"], times, config.seed)
     usable = of_type & liquid
     stratum = group.astype(np.int64) * 2 + (sign < 0)
     samples = {name: stratified_sample(usable & in_range[name], frame["snapshot"].to_numpy(), stratum, keys, cap) for name, (_, _, cap) in _ranges(config).items()}
     counts["not_sampled"] = int((usable & in_range["headline"]).sum() - samples["headline"].sum())
+    samples["ladder"] = usable & in_range["headline"] & (time_keys(times, config.seed) <= plan.snapshot_threshold) & config.error_ladder
     union = np.logical_or.reduce(list(samples.values()))
     part = frame[union].reset_index(drop=True)
     columns = _columns(part, plan, group[union], atm[group][union], sign[union], keys[union])
@@ -312,7 +314,7 @@ def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, where: np.ndarray) -
     c, headline = ready.columns, ready.selected["headline"]
     times = chain.snapshots["time"].array.asi8[where]
     snapshot_key = time_keys(times, plan.config.seed)
-    ladder = headline & (snapshot_key <= plan.snapshot_threshold) & plan.config.error_ladder
+    ladder = ready.selected["ladder"]
     bands = [ready.selected[f"band:{b.name}"] for b in plan.config.bands or []] if plan.config.multiplier_method == "min_mae" else []
     wanted = np.logical_or.reduce([headline, *bands])
     keep = np.flatnonzero((wanted & (c["key"] <= plan.row_threshold)) | ladder)
@@ -528,20 +530,24 @@ def levels_by_label(
         return np.bincount(label, weights=above * weight, minlength=n) / np.bincount(label, weights=below * weight, minlength=n)
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #b1dc3288
-def _svi_iv(c: dict[str, np.ndarray], rows: pd.DataFrame, group: np.ndarray, fallback: np.ndarray) -> tuple[np.ndarray, int]:
+SVI_WING_WEIGHT = 0.02  # of the slice's largest vega: what a wing counts at least, so that far options are not left to chance
+
+
+def _svi_iv(c: dict[str, np.ndarray], group: np.ndarray, fallback: np.ndarray) -> tuple[np.ndarray, int]:
     """SVI of each (snapshot, expiry), fitted to its own rows; the fallback where a slice cannot be fitted, and how many such slices."""
-    from volcal.vol.smile import svi_fit_groups, svi_iv
+    from volcal.vol.smile import SviStatus, svi_fit_groups, svi_iv
 
     order = np.argsort(group, kind="stable")
     offsets = np.append(np.flatnonzero(np.r_[True, np.diff(group[order]) != 0]), group.size)
-    k = np.log(c["strike"] / c["forward"])
-    params, status = svi_fit_groups(offsets, k[order], c["mark_iv"][order], c["t"][order], c["vega"][order])
-    slices = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    number = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    k, t = np.log(c["strike"] / c["forward"])[order], c["t"][order][offsets[:-1]]
+    vega = c["vega"][order]
+    weight = vega + SVI_WING_WEIGHT * np.maximum.reduceat(vega, offsets[:-1])[number]
+    fitted = svi_fit_groups(offsets, k, c["mark_iv"][order], t, weight)
+    usable = np.isin(fitted.status, [SviStatus.ok, SviStatus.at_bound])
     iv = np.empty(group.size)
-    iv[order] = svi_iv(params[slices], k[order], c["t"][order])
-    good = np.isfinite(iv)
-    good[order] &= (np.asarray(status) == 0)[slices]
-    return np.where(good, iv, fallback), int((np.asarray(status) != 0).sum())
+    iv[order] = np.where(usable[number], svi_iv(fitted.params[number], k, t[number]), np.nan)
+    return np.where(np.isfinite(iv), iv, fallback), int((~usable).sum())
 
 
 def error_ladder(
@@ -570,7 +576,7 @@ def error_ladder(
     term = _term_nodes(c, skew)
     by_snapshot, by_slice = (levels_by_label(c, label, skew, False) for label in (snapshot, slice_))
     sliced = surface_iv(smiled, c, by_slice[slice_])
-    svi, failed = _svi_iv(c, rows, slice_, sliced)
+    svi, failed = _svi_iv(c, slice_, sliced)
     nodes = len(skew_nodes(skew)[0]) if skew.enabled else 0
     models: list[tuple[str, str, np.ndarray, int]] = [
         ("configured", "the configured surface", surface_iv(plan.surface, c), 0),

@@ -80,7 +80,6 @@ def window_prices(
     store: Store,
     harvest: HarvestConfig,
     refs: list[SnapshotRef],  # the window, in time order
-    window_days: float,  # of the realized vol: how far before the window prices are wanted
 ) -> PriceSeries:
     """Prices for realized volatility, from the first source in the order that serves the window."""
     explicit = load_price_history(harvest.price_history) if harvest.price_history else None
@@ -91,8 +90,7 @@ def window_prices(
             return choose_price_series(explicit, history, **span)
         except NoUsableDataError:
             log.info("prices: no candles serve the window, the snapshots are read for prices")
-    before = refs[0].time - pd.Timedelta(days=window_days)
-    index, forwards = snapshot_prices(store, store.find(refs[0].asset, before, refs[-1].time))
+    index, forwards = snapshot_prices(store, store.find(refs[0].asset, harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time))
     return choose_price_series(explicit, history, tuple(index[c] for c in index), tuple(forwards[c] for c in forwards), **span)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #76d1b797
@@ -245,7 +243,7 @@ def run_historical_calibration_from_harvest(
         raise ConfigError("the config has no harvest section, so there is no window to read; add harvest: {data_root: ..., start_time: ..., end_time: ...}")
     store, harvest = Store(config.harvest.data_root), config.harvest
     refs = window_refs(store, harvest)
-    series, notes = _prices_or_note(store, harvest, refs, config)
+    series, notes = _prices_or_note(store, harvest, refs)
     rv, basis = trusted_rv(series, refs, config)
     untrusted = int(np.isnan(rv).sum())
     some = untrusted < len(refs)
@@ -265,10 +263,10 @@ def run_historical_calibration_from_harvest(
     return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #b15cd61b
-def _prices_or_note(store: Store, harvest: HarvestConfig, refs: list[SnapshotRef], config: CalibrationConfig) -> tuple[PriceSeries | None, list[str]]:
+def _prices_or_note(store: Store, harvest: HarvestConfig, refs: list[SnapshotRef]) -> tuple[PriceSeries | None, list[str]]:
     """Prices, or why there are none."""
     try:
-        series = window_prices(store, harvest, refs, config.rv_window_days)
+        series = window_prices(store, harvest, refs)
     except NoUsableDataError as error:
         return None, [str(error)]
     return series, list(series.notes)

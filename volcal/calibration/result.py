@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from .config import UtcTime
 from ..units import ConfigError, to_utc
 
 if TYPE_CHECKING:
@@ -278,8 +279,8 @@ class RegimeEnvironment(ResultPart):
 class TimeRange(ResultPart):
     """First and last snapshot used."""
 
-    start: datetime | None = None
-    end: datetime | None = None
+    start: UtcTime | None = None
+    end: UtcTime | None = None
 
 
 class Reproducibility(ResultPart):
@@ -301,7 +302,7 @@ class ResultCore(ResultPart):
     underlying: str
     source: Literal["live", "harvested"] | None = None
     spot: float | None = None  # USD
-    as_of: datetime | None = None
+    as_of: UtcTime | None = None
     min_dte: float | None = None
     max_dte: float | None = None
     iv_multiplier: float | None = None  # of the configured surface

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from ..settings import ANCHOR_DELTAS
+from ..settings import ANCHOR_DELTAS, FAR_DELTAS
 from ..market.pricing import norm_cdf_scalar
 from ..vol.surface import SkewSurface, skew_nodes, skew_ratio_scalar
 
@@ -21,7 +21,7 @@ __all__ = ['FIT_DELTAS', 'TOLERANCE', 'MIN_ANCHOR_ROWS', 'MOMENTS', 'POSITIONS',
            'ratio_at_positions', 'level_multipliers']
 
 # %% ../../nbs/30_calibration/34_skew_fit.ipynb #68486ada
-FIT_DELTAS = (0.05, 0.10, *ANCHOR_DELTAS)
+FIT_DELTAS = (*FAR_DELTAS, *ANCHOR_DELTAS)
 TOLERANCE = 0.05
 MIN_ANCHOR_ROWS = 3
 MOMENTS = ("count", "s0", "s1", "s2", "t0", "t1")
@@ -38,9 +38,10 @@ def anchor_moments(used, call_delta, mark_iv, atm, vega, anchors, moments):
         d = c if side == 0 else 1.0 - c
         for j in range(anchors.size):
             x = d - anchors[j]
-            if abs(x) > TOLERANCE:
+            width = min(TOLERANCE, 0.5 * anchors[j])
+            if abs(x) >= width:
                 continue
-            w = vega[i] * atm[i] * (1.0 - abs(x) / (TOLERANCE * 1.0000001))
+            w = vega[i] * atm[i] * (1.0 - abs(x) / width)
             y = mark_iv[i] / atm[i]
             m = moments[side, j]
             m[0] += 1.0
@@ -57,7 +58,7 @@ def ratio_from_moments(
     """Intercept of the weighted line; a plain mean where the rows have no spread in delta."""
     count, s0, s1, s2, t0, t1 = (float(x) for x in moments)
     if count < MIN_ANCHOR_ROWS or s0 <= 0:
-        return math.nan, f"{int(count)} options within {TOLERANCE} of this delta, {MIN_ANCHOR_ROWS} are needed"
+        return math.nan, f"{int(count)} options near this delta, {MIN_ANCHOR_ROWS} are needed"
     spread = s0 * s2 - s1 * s1
     if spread <= 1e-9 * s0 * s0 * TOLERANCE**2:
         return t0 / s0, ""
