@@ -212,7 +212,7 @@ def _expiry(table: pa.Table, counts: np.ndarray) -> pd.DatetimeIndex:
 class _LocalLooking:
     """What is in a folder of this machine."""
 
-    workers = 2
+    workers = 1  # small files keep the interpreter busy: more threads cost more than they gain, processes scale
 
     def all_names(self, folder: str) -> list[str]:
         return os.listdir(folder) if os.path.isdir(folder) or not os.path.exists(folder) else []
@@ -641,7 +641,18 @@ def _day_parts(table: pa.Table, index: DayIndex, refs: list[SnapshotRef]) -> lis
     return out
 
 # %% ../../nbs/10_market/15_store.ipynb #3eb3c0be
-class SnapshotReader(_PartReader):
+class _ManyReader(_PartReader):
+    def _load(self, job: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+        return self._load_day(job, wanted) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
+
+    def _load_all(self, jobs: list[list[SnapshotRef]], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+        if self._files.workers == 1 or len(jobs) < 2:
+            return [part for job in jobs for part in self._load(job, wanted)]
+        with ThreadPoolExecutor(self._files.workers) as pool:
+            return list(itertools.chain.from_iterable(pool.map(lambda job: self._load(job, wanted), jobs)))
+
+# %% ../../nbs/10_market/15_store.ipynb #8c5c0443
+class SnapshotReader(_ManyReader):
     """Snapshots as frames."""
 
     def read_batch(
@@ -653,18 +664,13 @@ class SnapshotReader(_PartReader):
         """Many snapshots as one frame of harmonised types. With "raise", a file that fails is a `SchemaError`."""
         wanted = _wanted(columns)
         jobs = [list(group) for _, group in itertools.groupby(refs, key=lambda r: r.path)]
-        with ThreadPoolExecutor(self._files.workers) as pool:
-            loaded = list(itertools.chain.from_iterable(pool.map(lambda job: self._load(job, wanted), jobs)))
-        batch = _assemble(loaded, wanted)
+        batch = _assemble(self._load_all(jobs, wanted), wanted)
         if batch.failures and on_schema_error == "raise":
             raise SchemaError(f"{batch.failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
         if batch.failures:
             logger.warning("%d files skipped, the first: %s", len(batch.failures), batch.failures[0])
         logger.info("read %d rows of %d snapshots, %d files failed", len(batch.frame), len(batch.refs), len(batch.failures))
         return batch
-
-    def _load(self, job: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
-        return self._load_day(job, wanted) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
 
 # %% ../../nbs/10_market/15_store.ipynb #8022d977
 def _wanted(columns: Sequence[str] | None) -> list[str]:
