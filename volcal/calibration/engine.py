@@ -41,7 +41,7 @@ log = logging.getLogger("volcal.engine")
 
 # %% auto #0
 __all__ = ['log', 'SAMPLE_ROWS', 'RESULT_ROWS', 'ALL_KEYS', 'ROW_NUMBERS', 'TIMELINE_DAYS', 'MULTIPLIER_BOUNDS',
-           'SVI_WING_WEIGHT', 'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'add_sums',
+           'SVI_WING_WEIGHT', 'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'stacked', 'add_sums',
            'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'Fit',
            'fit_sums', 'group_candidates', 'row_columns', 'measure', 'global_metrics', 'best_multiplier',
            'calibrate_iv_multiplier_from_dataset', 'recommended_surface', 'surface_dict',
@@ -98,9 +98,9 @@ class Sums:
     histogram: np.ndarray  # (bins,) of |pct_error|
     counts: Counter = field(default_factory=Counter)  # events by code
     liquidity: Counter = field(default_factory=Counter)  # rows dropped by liquidity rule
-    rows: pd.DataFrame | None = None
-    timeline: pd.DataFrame | None = None
-    snapshots: pd.DataFrame | None = None  # quality counts of the chain room
+    rows: list[pd.DataFrame] = field(default_factory=list)
+    timeline: list[pd.DataFrame] = field(default_factory=list)
+    snapshots: list[pd.DataFrame] = field(default_factory=list)  # quality counts of the chain room
 
 
 def empty_sums(
@@ -111,9 +111,12 @@ def empty_sums(
     return Sums(np.zeros((groups, len(COL))), np.zeros((groups, POSITIONS)), np.zeros(groups), np.zeros((2, len(FIT_DELTAS), len(MOMENTS))), np.zeros(res.HISTOGRAM_BINS, dtype=np.int64))
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #83a065d0
-def _concat(a: pd.DataFrame | None, b: pd.DataFrame | None) -> pd.DataFrame | None:
-    parts = [x for x in (a, b) if x is not None and len(x)]
-    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else (parts[0] if parts else None)
+def stacked(
+    parts: list[pd.DataFrame],
+) -> pd.DataFrame:
+    """The pieces as one frame; empty where there is none."""
+    some = [part for part in parts if len(part)]
+    return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
 
 
 def add_sums(
@@ -122,12 +125,12 @@ def add_sums(
     keep_all: bool = False,  # keep every sampled row, for exact metrics
 ) -> Sums:
     """The sums of both pieces; `a` is the earlier one."""
-    rows = _concat(a.rows, b.rows)
-    if rows is not None and not keep_all and len(rows) > 3 * SAMPLE_ROWS:
-        rows = trim_sample(rows)
+    rows = a.rows + b.rows
+    if not keep_all and sum(map(len, rows)) > 3 * SAMPLE_ROWS:
+        rows = [trim_sample(stacked(rows))]
     return Sums(
         a.groups + b.groups, a.positions + b.positions, a.position_rv + b.position_rv, a.moments + b.moments, a.histogram + b.histogram,
-        a.counts + b.counts, a.liquidity + b.liquidity, rows, _concat(a.timeline, b.timeline), _concat(a.snapshots, b.snapshots),
+        a.counts + b.counts, a.liquidity + b.liquidity, rows, a.timeline + b.timeline, a.snapshots + b.snapshots,
     )
 
 
@@ -135,9 +138,10 @@ def trim_sample(
     rows: pd.DataFrame,
 ) -> pd.DataFrame:
     """The rows with the smallest keys, and the snapshots with the smallest keys, about SAMPLE_ROWS of each; in their old order."""
-    keep = np.zeros(len(rows), dtype=bool)
+    if len(rows) <= SAMPLE_ROWS:
+        return rows
     keys = rows["row_key"].to_numpy()
-    keep |= keys <= np.partition(keys, min(SAMPLE_ROWS, len(rows)) - 1)[min(SAMPLE_ROWS, len(rows)) - 1]
+    keep = keys <= np.partition(keys, SAMPLE_ROWS - 1)[SAMPLE_ROWS - 1]
     ladder = rows["in_ladder"].to_numpy()
     if ladder.any():
         order = np.sort(rows.loc[ladder, "snapshot_key"].to_numpy())
@@ -279,7 +283,7 @@ def chain_sums(
 ) -> Sums:
     """Pass 1 of one chain, or of all chains of a day."""
     out = empty_sums(plan.layout)
-    out.snapshots = chain.snapshots
+    out.snapshots = [chain.snapshots]
     ready = prepare(chain, plan)
     if ready is None:
         return out
@@ -297,8 +301,8 @@ def chain_sums(
     position_sums(labels, known, c["in_window"], not plan.surface.skew.enabled, c["call_delta"], c["mark_iv"], c["atm"], c["t"], c["vega"], c["rv"], out.positions, out.position_rv)
     out.counts = ready.counts + Counter({"rows_without_trusted_rv": int((headline & ~known).sum()), "rows_without_atm": int((headline & ~(c["atm"] > 0)).sum())})
     out.liquidity = ready.liquidity
-    out.rows = _sample_rows(chain, ready, plan, where)
-    out.timeline = _timeline(chain, ready, np.asarray(rv, dtype=np.float64))
+    out.rows = [_sample_rows(chain, ready, plan, where)]
+    out.timeline = [_timeline(chain, ready, np.asarray(rv, dtype=np.float64))]
     return out
 
 
@@ -750,8 +754,7 @@ def out_of_sample(
     if later.empty or early.groups[0, COL["count"]] == 0:
         return None
     fit = fit_sums(early, plan)
-    first = early.rows[early.rows["time_ns"] <= boundary_ns] if early.rows is not None else rows.iloc[:0]
-    chosen = _minimisers(first, fit, plan) if len(first) else {}
+    chosen = _minimisers(rows[rows["time_ns"] <= boundary_ns], fit, plan) if plan.config.multiplier_method == "min_mae" else {}
     bands, _ = _type_and_band_results(early, fit, plan, chosen)
     multiplier = group_candidates(early.groups[0], float(fit.levels[0]), chosen.get(0, (math.nan, False)))[plan.config.multiplier_method]
     if multiplier is None:
@@ -771,9 +774,9 @@ def finish(
     """Fit, judge and report. Raises `NoUsableDataError` where no option counts."""
     config, headline = plan.config, sums.groups[0]
     events = sums.counts + source.events
-    if headline[COL["count"]] == 0 or sums.rows is None:
+    if headline[COL["count"]] == 0:
         raise NoUsableDataError(_nothing_left(plan, sums, events))
-    rows = sums.rows if config.exact_metrics else trim_sample(sums.rows)
+    rows = stacked(sums.rows) if config.exact_metrics else trim_sample(stacked(sums.rows))
     fit = fit_sums(sums, plan)
     chosen = _minimisers(rows, fit, plan)
     candidates = group_candidates(headline, float(fit.levels[0]), chosen[0])
@@ -786,7 +789,7 @@ def finish(
     level, plain = (ratio(headline[COL["vega_mark_iv"]], headline[COL[name]]) for name in ("vega", "vega_rv"))
     current, found = _skew_block(plan.surface.skew, config), _skew_block(fit.template, config, fit.skew) if fit.skew else None
     metrics = metrics_from_sums(headline)
-    timeline = sums.timeline if sums.timeline is not None else pd.DataFrame()
+    timeline = stacked(sums.timeline)
     spot = timeline["spot"].dropna()
     return CalibrationResult(
         underlying=config.underlying, source=source.kind, spot=float(spot.iloc[-1]) if len(spot) else None, as_of=source.as_of,

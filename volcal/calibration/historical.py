@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .config import CalibrationConfig, HarvestConfig, load_config
-from .engine import Plan, Source, Sums, add_sums, chain_sums, empty_sums, finish, make_plan
+from .engine import Plan, Source, Sums, add_sums, chain_sums, empty_sums, finish, make_plan, stacked
 from .result import CalibrationResult
 from ..market.chain import Chain, normalize_chain
 from ..market.quality import DataQuality, assess_window
@@ -304,8 +304,7 @@ def _quality(sums: Sums, failures: list[SchemaFailure], harvest: HarvestConfig, 
     """Quality of the window, as of its end."""
     step = pd.Timedelta(minutes=harvest.expected_step_minutes * harvest.snapshot_step) if harvest.expected_step_minutes else None
     start, end = harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time
-    snapshots = sums.snapshots if sums.snapshots is not None else pd.DataFrame()
-    return assess_window(snapshots, failures, start, end, step=step, as_of=end)
+    return assess_window(stacked(sums.snapshots), failures, start, end, step=step, as_of=end)
 
 
 def _degrade(quality: DataQuality, rv_missing: bool, notes: list[str]) -> dict[str, Any]:

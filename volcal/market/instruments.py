@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import date, datetime, timezone
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,18 +76,24 @@ def format_instrument(
     return name
 
 # %% ../../nbs/10_market/10_instruments.ipynb #b05522f8
+@lru_cache(maxsize=200_000)
+def _parsed_row(name: str) -> tuple[str | None, str | None, int, float, str | None, str]:
+    """One name as a row of `parse_instruments`, its expiry in nanoseconds; remembered, since a name comes back every day until it expires."""
+    try:
+        i = parse_instrument(name)
+    except InstrumentNameError as error:
+        return None, None, np.iinfo(np.int64).min, np.nan, None, str(error)
+    return i.asset, i.settlement, i.expiry.value, i.strike, i.option_type, ""
+
+
 def parse_instruments(
     names: Any,  # (n,) names, each once
 ) -> pd.DataFrame:  # (n,) asset, settlement, expiry, strike, option_type, error
     """Read many names; `error` is the message where a name cannot be read, else empty."""
-    def row(name: str) -> tuple:
-        try:
-            i = parse_instrument(name)
-        except InstrumentNameError as error:
-            return None, None, pd.NaT, np.nan, None, str(error)
-        return i.asset, i.settlement, i.expiry, i.strike, i.option_type, ""
-
-    frame = pd.DataFrame([row(name) for name in names], columns=["asset", "settlement", "expiry", "strike", "option_type", "error"])
-    frame["expiry"] = pd.to_datetime(frame["expiry"], utc=True).astype("datetime64[ns, UTC]")
-    frame["strike"] = frame["strike"].astype("float64")
-    return frame
+    rows = [_parsed_row(name) if isinstance(name, str) else _parsed_row(repr(name)) for name in names]
+    asset, settlement, expiry, strike, option_type, error = zip(*rows) if rows else ((),) * 6
+    return pd.DataFrame({
+        "asset": pd.array(asset, dtype=object), "settlement": pd.array(settlement, dtype=object),
+        "expiry": pd.DatetimeIndex(np.array(expiry, dtype="datetime64[ns]"), tz="UTC"), "strike": np.array(strike, dtype=np.float64),
+        "option_type": pd.array(option_type, dtype=object), "error": pd.array(error, dtype=object),
+    })
