@@ -5,23 +5,28 @@
 # %% ../../nbs/20_vol/21_smile.ipynb #395f4dd0
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from ..units import FitError
+
 # %% auto #0
 __all__ = ['AtmReason', 'AtmIv', 'atm_iv', 'atm_by_group', 'DeltaReason', 'DeltaIv', 'delta_iv', 'MaturityFlag',
-           'ConstantMaturity', 'constant_maturity_groups', 'constant_maturity']
+           'ConstantMaturity', 'constant_maturity_groups', 'constant_maturity', 'SviStatus', 'SviSlices',
+           'svi_total_variance', 'svi_iv', 'svi_fit_kernel', 'svi_fit_groups', 'butterfly_g', 'spread_weight', 'SviFit',
+           'fit_svi']
 
 # %% ../../nbs/20_vol/21_smile.ipynb #e8b4975d
 class AtmReason(IntEnum):
     """How an at-the-money volatility came about, or why there is none."""
 
     ok = 0  # strikes on both sides of the forward
-    near_strike = 1  # one side only, its nearest strike within the tolerance
-    missing_side = 2  # one side only, too far away: NaN
+    near_strike = 1  # strikes on one side only, the nearest within the tolerance: its volatility
+    missing_side = 2  # strikes on one side only, too far away: NaN
     no_rows = 3  # nothing usable: NaN
 
 
@@ -34,55 +39,68 @@ class AtmIv(NamedTuple):
     k_above: np.ndarray  # ln(K/F) of the nearest strike at or above the forward; inf without one
 
 # %% ../../nbs/20_vol/21_smile.ipynb #a97cf0e8
-_SAME_STRIKE = 5e-4
+_SAME_STRIKE = 5e-4  # the forwards of a call and its put, updated in turn, may differ by this much in ln(K/F)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _nearest_strikes(group, n_groups, k, iv):
-    """Nearest strikes below and above K = F with the mean volatility there: one pass, no sort. (n_groups, 2) each."""
-    near = np.full((n_groups, 2), np.inf)
-    total = np.zeros((n_groups, 2))
-    count = np.zeros((n_groups, 2))
+def _nearest_strikes(group, n_groups, k, iv, same):
+    """|ln(K/F)| of the nearest strikes below and above K = F, and the mean volatility there: (n_groups, 2) each."""
+    near, sums, count = np.full((n_groups, 2), np.inf), np.zeros((n_groups, 2, 2)), np.zeros((n_groups, 2))
     for i in range(len(group)):
         g = group[i]
         if g < 0 or g >= n_groups or not (np.isfinite(k[i]) and np.isfinite(iv[i]) and iv[i] > 0.0):
             continue
         for side in range(2):
             away = k[i] if side == 1 else -k[i]
-            if away < 0.0:
+            if away < 0.0 or away > near[g, side] + same:
                 continue
-            if abs(away - near[g, side]) <= _SAME_STRIKE:
-                total[g, side] += iv[i]
-                count[g, side] += 1.0
-                near[g, side] = min(near[g, side], away)
-            elif away < near[g, side]:
-                near[g, side], total[g, side], count[g, side] = away, iv[i], 1.0
-    return near, total / count
+            if away < near[g, side] - same:
+                count[g, side], sums[g, side, 0], sums[g, side, 1] = 0.0, 0.0, 0.0
+            near[g, side] = min(near[g, side], away)
+            count[g, side] += 1.0
+            sums[g, side, 0] += away
+            sums[g, side, 1] += iv[i]
+    return np.where(count > 0, sums[:, :, 0] / count, np.inf), sums[:, :, 1] / count
 
 # %% ../../nbs/20_vol/21_smile.ipynb #2a9b80ea
 def atm_iv(
     group: Any,  # (n,) int, number of the row's expiry within its snapshot, 0 .. n_groups - 1; others are ignored
-    n_groups: int,
+    n_groups: int,  # how many expiries
     log_moneyness: Any,  # (n,) ln(K/F)
     mark_iv: Any,  # (n,) decimal
     near: float = 0.01,  # with one side missing, |ln(K/F)| up to which the other side's nearest strike serves
 ) -> AtmIv:
     """Mark volatility at K = F, linear in ln(K/F) between the nearest strikes of calls and puts."""
-    away, iv = _nearest_strikes(np.asarray(group, dtype=np.int32), n_groups, np.asarray(log_moneyness, float), np.asarray(mark_iv, float))
+    k, marks = _columns(log_moneyness, mark_iv)
+    away, iv = _nearest_strikes(_groups(group, len(k)), n_groups, k, marks, _SAME_STRIKE)
     below, above = away[:, 0], away[:, 1]
-    both = np.isfinite(below) & np.isfinite(above)
+    both, nearest = np.isfinite(below) & np.isfinite(above), np.minimum(below, above)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.where(both & (below + above > 0), below / (below + above), 0.5)
         between = (1.0 - share) * iv[:, 0] + share * iv[:, 1]
-    nearest = np.where(below <= above, iv[:, 0], iv[:, 1])
-    close = np.minimum(below, above) <= near
-    reason = np.select([both, close, np.isfinite(np.minimum(below, above))], [0, 1, 2], 3).astype(np.int8)
-    return AtmIv(np.select([both, close], [between, nearest], np.nan), reason, -below, above)
+    reason = np.select([both, nearest <= near, np.isfinite(nearest)], [0, 1, 2], 3).astype(np.int8)
+    return AtmIv(np.select([both, nearest <= near], [between, np.where(below <= above, iv[:, 0], iv[:, 1])], np.nan), reason, -below, above)
+
+# %% ../../nbs/20_vol/21_smile.ipynb #de467b2f
+def _columns(*columns: Any) -> list[np.ndarray]:
+    """Columns of rows as contiguous float64. Raises `FitError` on unequal lengths."""
+    out = [np.ascontiguousarray(c, dtype=np.float64) for c in columns]
+    if len({len(c) for c in out}) > 1:
+        raise FitError(f"columns of {[len(c) for c in out]} rows do not belong together, so no smile can be read; give one value per row")
+    return out
+
+
+def _groups(group: Any, rows: int) -> np.ndarray:
+    """Group numbers of the rows as int64. Raises `FitError` where there is not one for each."""
+    numbers = np.ascontiguousarray(group, dtype=np.int64)
+    if len(numbers) != rows:
+        raise FitError(f"{len(numbers)} group numbers for {rows} rows, so no smile can be read; give one per row")
+    return numbers
 
 
 def atm_by_group(
     group: Any,  # (n,) int, 0 .. n_groups - 1
-    n_groups: int,
+    n_groups: int,  # how many expiries
     log_moneyness: Any,  # (n,) ln(K/F)
     mark_iv: Any,  # (n,) decimal
     sign: Any = None,  # (n,) +1 call, -1 put; both count alike, so it is not read
@@ -90,40 +108,23 @@ def atm_by_group(
     """`atm_iv` without its reasons, for the engine."""
     return atm_iv(group, n_groups, log_moneyness, mark_iv).iv
 
-# %% ../../nbs/20_vol/21_smile.ipynb #3ac5faa5
+# %% ../../nbs/20_vol/21_smile.ipynb #62db5809
 @njit(cache=True, nogil=True, error_model="numpy")
-def _bracket_delta(group, n_groups, c, iv, sign, targets):
-    """Volatility at call deltas `targets`: linear between the nearest rows, of the out-of-the-money side where it brackets. (n_groups, m)"""
-    m = len(targets)
-    lo = np.full((n_groups, m, 2), -np.inf)
-    hi = np.full((n_groups, m, 2), np.inf)
-    lo_iv = np.full((n_groups, m, 2), np.nan)
-    hi_iv = np.full((n_groups, m, 2), np.nan)
+def _bracket_delta(group, c, iv, sign, targets, edge, edge_iv):
+    """Nearest deltas at or below (0) and at or above (1) each target; s = 0 out of the money only, 1 all. `edge` (n_groups, m, 2, 2)"""
     for i in range(len(group)):
         g = group[i]
-        if g < 0 or g >= n_groups or not (c[i] > 0.0 and c[i] < 1.0 and iv[i] > 0.0 and np.isfinite(iv[i])):
+        if g < 0 or g >= len(edge) or not (c[i] > 0.0 and c[i] < 1.0 and iv[i] > 0.0 and np.isfinite(iv[i])):
             continue
         otm = (c[i] <= 0.5) == (sign[i] > 0.0)
-        for j in range(m):
+        for j in range(len(targets)):
             for s in range(0 if otm else 1, 2):
-                if c[i] <= targets[j] and c[i] > lo[g, j, s]:
-                    lo[g, j, s], lo_iv[g, j, s] = c[i], iv[i]
-                if c[i] >= targets[j] and c[i] < hi[g, j, s]:
-                    hi[g, j, s], hi_iv[g, j, s] = c[i], iv[i]
-    out = np.full((n_groups, m), np.nan)
-    reason = np.full((n_groups, m), 2, dtype=np.int8)
-    for g in range(n_groups):
-        for j in range(m):
-            for s in range(2):
-                if np.isfinite(lo[g, j, s]) and np.isfinite(hi[g, j, s]):
-                    width = hi[g, j, s] - lo[g, j, s]
-                    u = (targets[j] - lo[g, j, s]) / width if width > 0.0 else 0.0
-                    out[g, j] = lo_iv[g, j, s] + u * (hi_iv[g, j, s] - lo_iv[g, j, s])
-                    reason[g, j] = s
-                    break
-    return out, reason
+                if c[i] <= targets[j] and c[i] > edge[g, j, s, 0]:
+                    edge[g, j, s, 0], edge_iv[g, j, s, 0] = c[i], iv[i]
+                if c[i] >= targets[j] and c[i] < edge[g, j, s, 1]:
+                    edge[g, j, s, 1], edge_iv[g, j, s, 1] = c[i], iv[i]
 
-# %% ../../nbs/20_vol/21_smile.ipynb #62db5809
+# %% ../../nbs/20_vol/21_smile.ipynb #561b2a1e
 class DeltaReason(IntEnum):
     """How a delta-quoted volatility came about, or why there is none."""
 
@@ -141,18 +142,26 @@ class DeltaIv(NamedTuple):
 
 def delta_iv(
     group: Any,  # (n,) int, 0 .. n_groups - 1; others are ignored
-    n_groups: int,
+    n_groups: int,  # how many expiries
     call_delta: Any,  # (n,) N(d1), for calls and puts alike
     mark_iv: Any,  # (n,) decimal
     sign: Any,  # (n,) +1 call, -1 put
     targets: Any = (0.25, 0.75),  # (m,) call deltas; the 25-delta put is 0.75
 ) -> DeltaIv:
     """Mark volatility at call deltas, linear in call delta between the nearest out-of-the-money options."""
-    f = np.float64
-    return DeltaIv(*_bracket_delta(np.asarray(group, dtype=np.int32), n_groups, np.asarray(call_delta, f), np.asarray(mark_iv, f),
-                                   np.asarray(sign, f), np.atleast_1d(np.asarray(targets, f))))
+    (c, marks, signs), wanted = _columns(call_delta, mark_iv, sign), np.atleast_1d(np.asarray(targets, dtype=np.float64))
+    edge = np.full((n_groups, len(wanted), 2, 2), [-np.inf, np.inf])
+    edge_iv = np.full(edge.shape, np.nan)
+    _bracket_delta(_groups(group, len(c)), c, marks, signs, wanted, edge, edge_iv)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        width = edge[..., 1] - edge[..., 0]
+        u = np.where(width > 0.0, (wanted[:, None] - edge[..., 0]) / width, 0.0)
+        iv = np.where(np.isfinite(width), edge_iv[..., 0] + u * (edge_iv[..., 1] - edge_iv[..., 0]), np.nan)
+    known = np.isfinite(iv)
+    reason = np.select([known[..., 0], known[..., 1]], [0, 1], 2).astype(np.int8)
+    return DeltaIv(np.where(known[..., 0], iv[..., 0], iv[..., 1]), reason)
 
-# %% ../../nbs/20_vol/21_smile.ipynb #97eff30b
+# %% ../../nbs/20_vol/21_smile.ipynb #c21ca339
 class MaturityFlag(IntEnum):
     """Where a constant maturity lies among the expiries."""
 
@@ -168,7 +177,7 @@ class ConstantMaturity(NamedTuple):
     iv: np.ndarray  # decimal; NaN where there is none
     flag: np.ndarray  # int8, `MaturityFlag`
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #ad5c2241
 @njit(cache=True, nogil=True, error_model="numpy")
 def _constant_maturity_kernel(offsets, t, iv, targets):
     """Linear in total variance between the bracketing nodes, flat in volatility outside; nodes in any order."""
@@ -195,7 +204,7 @@ def _constant_maturity_kernel(offsets, t, iv, targets):
                 out[s, j], flag[s, j] = iv[a], 2
     return out, flag
 
-# %% ../../nbs/20_vol/21_smile.ipynb #06cf36bb
+# %% ../../nbs/20_vol/21_smile.ipynb #59e4ed4b
 def constant_maturity_groups(
     offsets: Any,  # (s + 1,) int, nodes of snapshot i are offsets[i] .. offsets[i + 1] - 1
     t_nodes: Any,  # (n,) years to expiry, in any order; NaN and t <= 0 are ignored
@@ -203,9 +212,9 @@ def constant_maturity_groups(
     t_targets: Any,  # (m,) years
 ) -> ConstantMaturity:  # arrays of (s, m)
     """`constant_maturity` for many snapshots at once."""
-    f = np.float64
-    return ConstantMaturity(*_constant_maturity_kernel(np.asarray(offsets, np.int64), np.asarray(t_nodes, f), np.asarray(iv_nodes, f),
-                                                       np.atleast_1d(np.asarray(t_targets, f))))
+    wanted = np.atleast_1d(np.asarray(t_targets, dtype=np.float64))
+    t, iv = _columns(t_nodes, iv_nodes)
+    return ConstantMaturity(*_constant_maturity_kernel(np.asarray(offsets, dtype=np.int64), t, iv, wanted))
 
 
 def constant_maturity(
@@ -217,3 +226,340 @@ def constant_maturity(
     out = constant_maturity_groups(np.array([0, np.size(t_nodes)]), t_nodes, iv_nodes, t_target)
     shape = np.shape(t_target)
     return ConstantMaturity(out.iv[0].reshape(shape)[()], out.flag[0].reshape(shape)[()])
+
+# %% ../../nbs/20_vol/21_smile.ipynb #0ae79540
+class SviStatus(IntEnum):
+    """How a fit ended. `params` are NaN unless `ok`, `at_bound` or `not_converged`."""
+
+    ok = 0
+    at_bound = 1  # converged with a wing, m, sigma or the least variance at its bound
+    not_converged = 2  # the search ran out of rounds; the best so far is given
+    too_few_strikes = 3  # fewer than five different strikes
+    invalid_input = 4  # t <= 0 or NaN
+
+
+class SviSlices(NamedTuple):
+    """Raw SVI of many slices."""
+
+    params: np.ndarray  # (n, 5) a, b, rho, m, sigma
+    status: np.ndarray  # (n,) int8, `SviStatus`
+
+
+def svi_total_variance(
+    params: Any,  # (..., 5) a, b, rho, m, sigma
+    k: Any,  # (...) ln(K/F)
+) -> Any:  # (...) total variance
+    """Raw SVI: a + b (rho (k - m) + sqrt((k - m)^2 + sigma^2)). Gatheral and Jacquier, Quant. Finance 14 (2014) 59, eq. 3.1."""
+    a, b, rho, m, sigma = np.moveaxis(np.asarray(params, dtype=np.float64), -1, 0)
+    x = np.asarray(k, dtype=np.float64) - m
+    return a + b * (rho * x + np.sqrt(x * x + sigma * sigma))
+
+
+def svi_iv(
+    params: Any,  # (..., 5) a, b, rho, m, sigma
+    k: Any,  # (...) ln(K/F)
+    t: Any,  # (...) years
+) -> Any:  # (...) decimal; NaN where the variance is negative or t <= 0
+    """Implied volatility of raw SVI."""
+    t = np.asarray(t, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(svi_total_variance(params, k) / np.where(t > 0.0, t, np.nan))[()]
+
+# %% ../../nbs/20_vol/21_smile.ipynb #14c40be4
+@njit(cache=True, nogil=True, error_model="numpy")
+def _box_quadratic(A, B, C, D, E, top):
+    """Minimiser of A p^2 + 2 B p q + C q^2 - 2 D p - 2 E q over 0 <= p, q <= top; and whether it lies on an edge."""
+    det = A * C - B * B
+    if det > 1e-14 * A * C:
+        p, q = (D * C - E * B) / det, (A * E - B * D) / det
+        if 0.0 <= p <= top and 0.0 <= q <= top:
+            return p, q, False
+    best, bp, bq = np.inf, 0.0, 0.0
+    for edge in range(4):
+        fixed = top if edge % 2 else 0.0
+        if edge < 2:
+            p, q = fixed, min(max((E - B * fixed) / C, 0.0), top) if C > 0.0 else 0.0
+        else:
+            p, q = min(max((D - B * fixed) / A, 0.0), top) if A > 0.0 else 0.0, fixed
+        value = A * p * p + 2.0 * B * p * q + C * q * q - 2.0 * D * p - 2.0 * E * q
+        if value < best:
+            best, bp, bq = value, p, q
+    return bp, bq, True
+
+# %% ../../nbs/20_vol/21_smile.ipynb #f430acb0
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_inner(m, sigma, k, w, omega, floor, u, v):
+    """Best a, p, q at given m, sigma for total variances `w` of zero weighted mean, a + sqrt(p q) >= floor: (cost, a, p, q, on an edge)."""
+    n, total, mu, mv = len(k), 0.0, 0.0, 0.0
+    for i in range(n):
+        y = (k[i] - m) / sigma
+        r = np.sqrt(y * y + 1.0)
+        u[i], v[i] = 0.5 * (r + y), 0.5 * (r - y)
+        total += omega[i]
+        mu += omega[i] * u[i]
+        mv += omega[i] * v[i]
+    mu, mv = mu / total, mv / total
+    A = B = C = D = E = 0.0
+    for i in range(n):
+        du, dv = u[i] - mu, v[i] - mv
+        A += omega[i] * du * du
+        B += omega[i] * du * dv
+        C += omega[i] * dv * dv
+        D += omega[i] * du * w[i]
+        E += omega[i] * dv * w[i]
+    p, q, edge = _box_quadratic(A, B, C, D, E, 2.0 * sigma)
+    a = -(p * mu + q * mv)
+    if a + np.sqrt(p * q) < floor:
+        a, edge = floor - np.sqrt(p * q), True
+    cost = 0.0
+    for i in range(n):
+        miss = a + p * u[i] + q * v[i] - w[i]
+        cost += omega[i] * miss * miss
+    return cost, a, p, q, edge
+
+# %% ../../nbs/20_vol/21_smile.ipynb #d75040e9
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v):
+    """Cost at corner c of x, (m, ln sigma), which is moved into the box first."""
+    for d in range(2):
+        x[c, d] = min(max(x[c, d], lo[d]), hi[d])
+    return _svi_inner(x[c, 0], np.exp(x[c, 1]), k, w, omega, floor, u, v)[0]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_start(x, f, lo, hi, k, w, omega, floor, u, v):
+    """Three corners of the first simplex, around the best point of a coarse grid, into x and f."""
+    f[0], m, s = np.inf, 0.0, 0.0
+    for i in range(42):
+        x[3, 0] = lo[0] + (1 + i // 6) * (hi[0] - lo[0]) / 8.0
+        x[3, 1] = lo[1] + (1 + i % 6) * (hi[1] - lo[1]) / 7.0
+        cost = _svi_cost(x, 3, lo, hi, k, w, omega, floor, u, v)
+        if cost < f[0]:
+            f[0], m, s = cost, x[3, 0], x[3, 1]
+    for c in range(3):
+        x[c, 0] = m + (hi[0] - lo[0]) / 16.0 if c == 1 else m
+        x[c, 1] = s + (hi[1] - lo[1]) / 14.0 if c == 2 else s
+        f[c] = _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v)
+
+# %% ../../nbs/20_vol/21_smile.ipynb #c68941c2
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_trial(x, c, reach, lo, hi, k, w, omega, floor, u, v):
+    """Put corner c on the line from the worst corner through the middle of the others (2 reflects, 3 expands, 0.5 and 1.5 contract); its cost."""
+    for d in range(2):
+        x[c, d] = x[2, d] + reach * (0.5 * (x[0, d] + x[1, d]) - x[2, d])
+    return _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_order(x, f):
+    """Sort the three corners by cost; the largest distance from the best one in m or ln sigma."""
+    for i in range(3):
+        a = i % 2
+        if f[a + 1] < f[a]:
+            f[a], f[a + 1] = f[a + 1], f[a]
+            for d in range(2):
+                x[a, d], x[a + 1, d] = x[a + 1, d], x[a, d]
+    size = 0.0
+    for d in range(2):
+        size = max(size, abs(x[1, d] - x[0, d]), abs(x[2, d] - x[0, d]))
+    return size
+
+# %% ../../nbs/20_vol/21_smile.ipynb #beb66852
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_search(x, f, lo, hi, k, w, omega, floor, u, v, rounds):
+    """Nelder and Mead in the plane: leaves the best (m, ln sigma) in x[0]; whether the simplex closed."""
+    for _ in range(rounds):
+        size = _svi_order(x, f)
+        if size < 1e-7 or (size < 1e-3 and f[2] - f[0] <= 1e-10 * f[0]):
+            return True
+        new, cost = 3, _svi_trial(x, 3, 2.0, lo, hi, k, w, omega, floor, u, v)
+        if cost < f[0] or cost >= f[1]:
+            reach = 3.0 if cost < f[0] else (1.5 if cost < f[2] else 0.5)
+            other = _svi_trial(x, 4, reach, lo, hi, k, w, omega, floor, u, v)
+            if other < cost:
+                new, cost = 4, other
+        if cost < f[2]:
+            f[2], x[2, 0], x[2, 1] = cost, x[new, 0], x[new, 1]
+            continue
+        for c in range(1, 3):
+            for d in range(2):
+                x[c, d] = 0.5 * (x[c, d] + x[0, d])
+            f[c] = _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v)
+    return False
+
+# %% ../../nbs/20_vol/21_smile.ipynb #d2a99c52
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_rows(k, iv, t, weight, rows):
+    """Usable k, total variance and weight of its squared error (of sum one) into `rows` (3, n): how many, how many strikes up to 5."""
+    n, strikes, total, seen = 0, 0, 0.0, np.empty(5)
+    for i in range(len(k)):
+        if not (np.isfinite(k[i]) and iv[i] > 0.0 and np.isfinite(iv[i]) and weight[i] > 0.0 and np.isfinite(weight[i])):
+            continue
+        rows[0, n], rows[1, n], rows[2, n] = k[i], iv[i] * iv[i] * t, weight[i] / (2.0 * iv[i] * t) ** 2
+        total += rows[2, n]
+        n += 1
+        new = strikes < 5
+        for j in range(strikes):
+            new = new and abs(seen[j] - k[i]) > 1e-6
+        if new:
+            seen[strikes] = k[i]
+            strikes += 1
+    for i in range(n):
+        rows[2, i] /= total
+    return n, strikes
+
+# %% ../../nbs/20_vol/21_smile.ipynb #67bef6b9
+@njit(cache=True, nogil=True, error_model="numpy")
+def svi_fit_kernel(k, iv, t, weight, out):
+    """Fit one slice into `out` (5,): a, b, rho, m, sigma. Gives the status, `SviStatus`."""
+    out[:] = np.nan
+    if not (t > 0.0 and np.isfinite(t)):
+        return 4
+    rows, x, f = np.empty((5, len(k))), np.zeros((5, 2)), np.zeros(3)
+    n, strikes = _svi_rows(k, iv, t, weight, rows)
+    if strikes < 5:
+        return 3
+    k, w, omega, u, v = rows[0, :n], rows[1, :n], rows[2, :n], rows[3, :n], rows[4, :n]
+    mean, first, last = 0.0, np.inf, -np.inf
+    for i in range(n):
+        mean, first, last = mean + omega[i] * w[i], min(first, k[i]), max(last, k[i])
+    for i in range(n):
+        w[i] -= mean
+    span = last - first
+    lo, hi = (first - span, np.log(0.005 * span)), (last + span, np.log(10.0 * span))
+    _svi_start(x, f, lo, hi, k, w, omega, -mean, u, v)
+    closed = _svi_search(x, f, lo, hi, k, w, omega, -mean, u, v, 400)
+    m, sigma = x[0, 0], np.exp(x[0, 1])
+    _, a, p, q, edge = _svi_inner(m, sigma, k, w, omega, -mean, u, v)
+    out[0], out[1], out[2], out[3], out[4] = a + mean, (p + q) / (2.0 * sigma), (p - q) / (p + q) if p + q > 0.0 else 0.0, m, sigma
+    edge = edge or m <= lo[0] or m >= hi[0] or x[0, 1] <= lo[1] or x[0, 1] >= hi[1]
+    return 2 if not closed else (1 if edge else 0)
+
+# %% ../../nbs/20_vol/21_smile.ipynb #3448ea4b
+@njit(cache=True, nogil=True, error_model="numpy")
+def _svi_fit_loop(offsets, k, iv, t, weight, params, status):
+    for s in range(len(offsets) - 1):
+        i, j = offsets[s], offsets[s + 1]
+        status[s] = svi_fit_kernel(k[i:j], iv[i:j], t[s], weight[i:j], params[s])
+
+# %% ../../nbs/20_vol/21_smile.ipynb #ac586db3
+def svi_fit_groups(
+    offsets: Any,  # (s + 1,) int, rows of slice i are offsets[i] .. offsets[i + 1] - 1
+    k: Any,  # (n,) ln(K/F)
+    iv: Any,  # (n,) decimal; NaN is left out
+    t: Any,  # (s,) years, or one for all
+    weight: Any = None,  # (n,) weight of a squared error in volatility, e.g. 1 / half-spread^2 or vega; None: all alike
+) -> SviSlices:
+    """Raw SVI of many slices, least weighted squares in volatility."""
+    offsets = np.asarray(offsets, dtype=np.int64)
+    k, iv = np.ascontiguousarray(k, dtype=np.float64), np.ascontiguousarray(iv, dtype=np.float64)
+    weight = np.ones(len(k)) if weight is None else np.ascontiguousarray(weight, dtype=np.float64)
+    if not (len(k) == len(iv) == len(weight) and (offsets[-1] if len(offsets) else 0) <= len(k)):
+        raise FitError(f"{len(k)} moneynesses, {len(iv)} volatilities and {len(weight)} weights make no slices up to row {offsets[-1]}, "
+                       "so nothing is fitted; give one of each per row")
+    slices = max(len(offsets) - 1, 0)
+    params, status = np.full((slices, 5), np.nan), np.zeros(slices, dtype=np.int8)
+    _svi_fit_loop(offsets, k, iv, np.broadcast_to(np.asarray(t, np.float64), slices).copy(), weight, params, status)
+    return SviSlices(params, status)
+
+# %% ../../nbs/20_vol/21_smile.ipynb #702a0047
+def butterfly_g(
+    params: Any,  # (..., 5) a, b, rho, m, sigma
+    k: Any,  # (...) ln(K/F)
+) -> Any:  # (...) g(k); negative where the slice has butterfly arbitrage
+    """(1 - k w'/2w)^2 - w'^2/4 (1/w + 1/4) + w''/2. Gatheral and Jacquier (2014), eq. 2.1."""
+    _, b, rho, m, sigma = np.moveaxis(np.asarray(params, dtype=np.float64), -1, 0)
+    k = np.asarray(k, dtype=np.float64)
+    w, root = svi_total_variance(params, k), np.sqrt((k - m) ** 2 + sigma**2)
+    slope, bend = b * (rho + (k - m) / root), b * sigma**2 / root**3
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (1.0 - k * slope / (2.0 * w)) ** 2 - slope**2 / 4.0 * (1.0 / w + 0.25) + bend / 2.0
+
+# %% ../../nbs/20_vol/21_smile.ipynb #eb7b8a2f
+def spread_weight(
+    bid_iv: Any,  # (n,) decimal; NaN or 0 without a bid
+    ask_iv: Any,  # (n,) decimal; NaN without an ask
+    floor: float = 0.002,  # smallest half-spread, decimal
+    missing: float = 0.05,  # half-spread of a row without two-sided quotes, decimal
+) -> np.ndarray:  # (n,) 1 / half-spread^2
+    """Weight of a squared volatility error, from the bid-ask spread."""
+    bid, ask = _columns(bid_iv, ask_iv)
+    with np.errstate(invalid="ignore"):
+        half = np.where((bid > 0.0) & (ask >= bid), np.clip(0.5 * (ask - bid), floor, missing), missing)
+    return 1.0 / half**2
+
+# %% ../../nbs/20_vol/21_smile.ipynb #0631e23b
+@dataclass(frozen=True)
+class SviFit:
+    """One fitted slice and how far to trust it."""
+
+    params: np.ndarray  # (5,) a, b, rho, m, sigma; NaN where the fit failed
+    t: float  # years
+    status: SviStatus
+    reason: str  # one sentence; empty where every grade is passed
+    n: int  # rows fitted
+    converged: bool
+    within_bounds: bool
+    butterfly: bool  # g >= 0 over the strikes and half their range beyond
+    wings: bool  # b (1 + |rho|) <= 2
+    min_g: float
+    wing_slope: float  # b (1 + |rho|)
+    rmse_vol_points: float
+    max_error_vol_points: float
+    inside: float  # share of two-sided quotes that the fit lies within; NaN without any
+    rms_spreads: float  # root mean square residual in half-spreads; NaN without quotes
+
+    @property
+    def ok(self) -> bool:
+        """Whether every grade is passed."""
+        return self.converged and self.within_bounds and self.butterfly and self.wings
+
+    def iv(self, k: Any) -> Any:
+        """Fitted volatility at ln(K/F) = k."""
+        return svi_iv(self.params, k, self.t)
+
+# %% ../../nbs/20_vol/21_smile.ipynb #f9c14bd6
+def fit_svi(
+    k: Any,  # (n,) ln(K/F)
+    iv: Any,  # (n,) mark volatility, decimal
+    t: float,  # years
+    bid_iv: Any = None,  # (n,) decimal, for weights and residuals
+    ask_iv: Any = None,  # (n,) decimal
+    weight: Any = None,  # (n,) weight of a squared error; None: from the spread, else all alike
+) -> SviFit:
+    """Fit one slice and grade it; a failed fit says so in `status` and `reason`. Raises `FitError` on unequal lengths."""
+    k, iv = _columns(k, iv)
+    none = np.full(len(k), np.nan)
+    k, iv, bid, ask = _columns(k, iv, none if bid_iv is None else bid_iv, none if ask_iv is None else ask_iv)
+    fit = svi_fit_groups([0, len(k)], k, iv, t, spread_weight(bid, ask) if weight is None else weight)
+    params, status = fit.params[0], SviStatus(int(fit.status[0]))
+    used = np.isfinite(k) & np.isfinite(iv) & (iv > 0)
+    return _grade_svi(params, status, float(t), k[used], iv[used], bid[used], ask[used])
+
+# %% ../../nbs/20_vol/21_smile.ipynb #6a359022
+def _grade_svi(params: np.ndarray, status: SviStatus, t: float, k: np.ndarray, iv: np.ndarray, bid: np.ndarray, ask: np.ndarray) -> SviFit:
+    """Residuals and no-arbitrage checks of a fitted slice."""
+    fitted = bool(np.isfinite(params).all())
+    reach = 0.5 * (k.max() - k.min()) if fitted else 0.0
+    g = float(butterfly_g(params, np.linspace(k.min() - reach, k.max() + reach, 201)).min()) if fitted else np.nan
+    slope = float(params[1] * (1.0 + abs(params[2])))
+    model = svi_iv(params, k, t)
+    miss, two = model - iv, (bid > 0) & (ask >= bid)
+    inside = float(np.mean((model >= bid)[two] & (model <= ask)[two])) if fitted and two.any() else np.nan
+    spreads = float(np.sqrt(np.mean(miss[two] ** 2 * spread_weight(bid[two], ask[two])))) if fitted and two.any() else np.nan
+    grades = {"converged": fitted and status != SviStatus.not_converged, "within_bounds": fitted and status != SviStatus.at_bound,
+              "butterfly": fitted and g >= 0.0, "wings": fitted and slope <= 2.0 + 1e-9}
+    return SviFit(params, t, status, _svi_reason(status, grades, g, slope, len(k)), len(k), **grades, min_g=g, wing_slope=slope,
+                  rmse_vol_points=float(100 * np.sqrt(np.mean(miss**2))) if fitted else np.nan,
+                  max_error_vol_points=float(100 * np.abs(miss).max()) if fitted else np.nan, inside=inside, rms_spreads=spreads)
+
+
+def _svi_reason(status: SviStatus, grades: dict[str, bool], g: float, slope: float, n: int) -> str:
+    """Why a slice is not to be trusted, in words."""
+    if status == SviStatus.too_few_strikes:
+        return f"{n} usable rows hold fewer than 5 different strikes: no SVI; use the at-the-money volatility"
+    if status == SviStatus.invalid_input:
+        return "time to expiry is not positive: no SVI"
+    words = {"converged": "the search did not converge, the best so far is given", "within_bounds": "a parameter lies at its bound",
+             "butterfly": f"butterfly arbitrage, least g = {g:.3f}", "wings": f"wing slope {slope:.2f} exceeds 2"}
+    return "; ".join(text for name, text in words.items() if not grades[name])
