@@ -142,7 +142,8 @@ def read_expiries(
 # %% ../../nbs/10_market/13_chain.ipynb #03e4d668
 NEEDED_COLUMNS = ("harvest_time", "instrument_name", "mark_price")
 TEXT_COLUMNS = ("instrument_name", "option_type")
-NUMBER_COLUMNS = ("strike", "underlying_price", "index_price", "mark_price", "best_bid_price", "best_ask_price", "bid_iv", "ask_iv", "mark_iv",
+NUMBER_COLUMNS = ("strike", "underlying_price", "index_price", "mark_price", "best_bid_price", "best_ask_price", "bid_iv", "ask_iv",
+                  "mark_iv",
                   "open_interest", "volume")
 
 
@@ -153,7 +154,8 @@ def harmonise(
     missing = [name for name in NEEDED_COLUMNS if name not in frame]
     if missing or frame.columns.has_duplicates:
         fault = f"{missing} are missing" if missing else f"{sorted(set(frame.columns[frame.columns.duplicated()]))} stand there twice"
-        raise SchemaError(f"of {len(frame.columns)} columns {fault}, so no chain can be built; a harvest snapshot has {list(NEEDED_COLUMNS)} once each")
+        raise SchemaError(f"of {len(frame.columns)} columns {fault}, so no chain can be built; a harvest snapshot has at least "
+                          f"{', '.join(NEEDED_COLUMNS)}, once each")
     columns: dict[str, Any] = {
         "snapshot": np.asarray(frame["snapshot"], dtype=np.int32) if "snapshot" in frame else np.zeros(len(frame), dtype=np.int32),
         "harvest_time": read_times(frame["harvest_time"]), "expiry": read_expiries(frame),
@@ -280,7 +282,8 @@ def _parse_names(
     expiry_id = table.groupby(["asset", "expiry"], dropna=False).ngroup().to_numpy(dtype=np.int64)
     wanted = (table["asset"] == asset).to_numpy(dtype=bool) if asset else np.ones(len(table), dtype=bool)
     return _Names(
-        (table["error"] == "").to_numpy(dtype=bool), wanted, (table["settlement"] == "linear").to_numpy(dtype=bool), epoch_ns(table["expiry"]),
+        (table["error"] == "").to_numpy(dtype=bool), wanted, (table["settlement"] == "linear").to_numpy(dtype=bool),
+        epoch_ns(table["expiry"]),
         table["strike"].to_numpy(copy=True), np.where(table["option_type"] == "C", 1.0, -1.0), expiry_id, pair_id), table
 
 
@@ -695,7 +698,7 @@ def _assemble(
 ) -> pd.DataFrame:
     """The chain frame from its parts; arrays are not copied."""
     def kind(column: str, categories: list[str]) -> Any:
-        codes = pd.Index(categories).get_indexer(table[column])
+        codes = pd.Index(categories).get_indexer(pd.Index(table[column]))
         return pd.Categorical.from_codes(codes[code], dtype=pd.CategoricalDtype(categories))
     def kept(column: str) -> np.ndarray: return raw[column].to_numpy()[keep]
     greeks = [name for name in raw.columns if name.startswith("greek_") and not np.isnan(raw[name].to_numpy()).all()]

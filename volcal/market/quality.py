@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,13 @@ from ..units import ConfigError, epoch_ns, to_utc
 
 # %% auto #0
 __all__ = ['MIN_COMPLETENESS', 'MAX_LOW_QUALITY_SHARE', 'MAX_SCHEMA_FAILURE_SHARE', 'MIN_OPTIONS', 'MIN_EXPIRIES',
-           'MAX_SWEEP_SECONDS', 'MAX_CROSSED_SHARE', 'MIN_COVERAGE', 'GAP_STEPS', 'TOLERATED', 'TOLERATED_MISMATCH',
-           'TOLERATED_INCONSISTENT', 'DataQualityStatus', 'worst_of', 'QualityIssue', 'SnapshotQuality', 'completeness',
-           'low_quality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'DataQuality', 'in_window',
+           'MAX_SWEEP_SECONDS', 'MAX_CROSSED_SHARE', 'MAX_MISMATCH_SHARE', 'MAX_INCONSISTENT_SHARE', 'MIN_COVERAGE',
+           'GAP_STEPS', 'TOLERATED', 'DataQualityStatus', 'QualityIssue', 'worst_of', 'completeness', 'low_quality',
+           'SnapshotQuality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'DataQuality', 'in_window',
            'assess_window']
 
 # %% ../../nbs/10_market/14_quality.ipynb #a6f3a272
-class DataQualityStatus(str, Enum):
+class DataQualityStatus(StrEnum):
     """How far data can be trusted."""
 
     ok = "ok"
@@ -38,138 +38,147 @@ class DataQualityStatus(str, Enum):
         return self.value.upper()
 
 
-_RANK = {"note": 0, "ok": 0, "degraded": 1, "failed": 2}
-
-
-def worst_of(
-    severities: Sequence[str],  # note, ok, degraded or failed, in any number
-) -> DataQualityStatus:
-    """The worst of several verdicts; of none, ok. Raises `ConfigError` for a word that is none of them."""
-    unknown = [s for s in severities if s not in _RANK]
-    if unknown:
-        raise ConfigError(f"{unknown} is no verdict on data, so no status follows; use {', '.join(_RANK)}")
-    return list(DataQualityStatus)[max((_RANK[s] for s in severities), default=0)]
-
-# %% ../../nbs/10_market/14_quality.ipynb #40ae1605
-MIN_COMPLETENESS = 0.90
-MAX_LOW_QUALITY_SHARE = 0.20
-MAX_SCHEMA_FAILURE_SHARE = 0.20
-MIN_OPTIONS = 20
-MIN_EXPIRIES = 2
-MAX_SWEEP_SECONDS = 300.0
-MAX_CROSSED_SHARE = 0.01  # of two-sided rows
-MIN_COVERAGE = 0.50
-GAP_STEPS = 3.0  # a gap is longer than this; a window staler than this is stale
-
-# shares of all rows beyond which a count degrades the window; 0: any does
-TOLERATED = {
-    Count.dropped_zero_mark: 0.10, Count.dropped_missing_mark: 0.02, Count.dropped_negative_mark: 0.0, Count.dropped_unparseable_name: 0.02,
-    Count.dropped_missing_time: 0.0, Count.dropped_missing_forward: 0.02, Count.dropped_iv_unsolvable: 0.05, Count.iv_out_of_range: 0.02,
-    Count.iv_unit_suspect: 0.0, Count.quote_iv_unit_suspect: 0.0, Count.duplicate_instrument: 0.0, Count.dropped_mark_unit: 0.0,
-    Count.name_disagrees: 0.02,
-}
-TOLERATED_MISMATCH = 0.10  # share of expiries whose forward contradicts parity
-TOLERATED_INCONSISTENT = 0.05  # share of marks near the money that contradict their own IV
-
-# %% ../../nbs/10_market/14_quality.ipynb #49d0d6e8
 @dataclass(frozen=True)
 class QualityIssue:
     """One thing that is the matter."""
 
-    code: str  # stable, for programs
-    count: int  # how many rows, expiries, snapshots or files
+    code: str  # stable
+    count: int  # rows, expiries, snapshots or files
     sentence: str  # value, limit, consequence, remedy
     severity: str = "degraded"  # note, degraded or failed
 
     def to_dict(self) -> dict[str, Any]:
+        """As in the block `data_quality`."""
         return {"code": self.code, "count": self.count, "severity": self.severity, "sentence": self.sentence}
 
+# %% ../../nbs/10_market/14_quality.ipynb #25a00399
+_RANK = {"note": 0, "ok": 0, "degraded": 1, "failed": 2}
+
+
+def worst_of(
+    severities: Iterable[str],  # note, ok, degraded or failed, in any number
+) -> DataQualityStatus:
+    """The worst of several verdicts; of none, ok. Raises `ConfigError` for a word that is none of them."""
+    words = list(severities)
+    unknown = [word for word in words if word not in _RANK]
+    if unknown:
+        raise ConfigError(f"{unknown} is no verdict on data, so no status follows from it; use {', '.join(_RANK)}")
+    return list(DataQualityStatus)[max((_RANK[word] for word in words), default=0)]
+
+# %% ../../nbs/10_market/14_quality.ipynb #40ae1605
+MIN_COMPLETENESS = 0.90  # of a snapshot's rows, and of the window's after repair
+MAX_LOW_QUALITY_SHARE = 0.20  # of snapshots
+MAX_SCHEMA_FAILURE_SHARE = 0.20  # of files; beyond it the window is failed
+MIN_OPTIONS = 20
+MIN_EXPIRIES = 2
+MAX_SWEEP_SECONDS = 300.0
+MAX_CROSSED_SHARE = 0.01  # of two-sided rows
+MAX_MISMATCH_SHARE = 0.10  # of expiries: quoted forward against parity
+MAX_INCONSISTENT_SHARE = 0.05  # of marks near the money: mark against its own IV
+MIN_COVERAGE = 0.50
+GAP_STEPS = 3.0  # a longer stretch without snapshots is a gap; a newest snapshot older than this is stale
+
+# %% ../../nbs/10_market/14_quality.ipynb #a6df6434
+# the share of rows up to which a count is a note, and what it means
+TOLERATED: dict[Count, tuple[float, str]] = {
+    Count.dropped_zero_mark: (0.10, "marks of exactly 0, left out of pricing"),
+    Count.dropped_missing_mark: (0.02, "marks that are missing, left out"),
+    Count.dropped_negative_mark: (0.0, "marks below zero, left out; check the harvester"),
+    Count.dropped_unparseable_name: (0.02, "names that are not of options, left out"),
+    Count.dropped_missing_time: (0.0, "rows without harvest_time, left out; check the harvester"),
+    Count.dropped_missing_forward: (0.02, "rows without a forward, left out; with forward: auto parity may supply it"),
+    Count.dropped_iv_unsolvable: (0.05, "rows without mark IV whose mark no volatility explains, left out"),
+    Count.iv_out_of_range: (0.02, "mark IVs outside 1 % to 1000 %, solved from the marks instead"),
+    Count.iv_unit_suspect: (0.0, "mark IVs that look like decimals where percent belong, not believed but solved from the marks"),
+    Count.quote_iv_unit_suspect: (0.0, "bid or ask IVs that look like decimals where percent belong, not believed; write percent"),
+    Count.duplicate_instrument: (0.0, "rows that repeat an instrument of their snapshot, of which the first is kept; check the harvester"),
+    Count.dropped_mark_unit: (0.0, "rows of snapshots whose marks are not in the settlement's unit (coin, or USD if linear), left out"),
+    Count.name_disagrees: (0.02, "rows whose expiry, strike or type contradicts the name, which is followed"),
+}
+
+# %% ../../nbs/10_market/14_quality.ipynb #49d0d6e8
+def _value_issues(total: pd.Series) -> list[QualityIssue]:
+    """Rows that were dropped or mended, against what is tolerated."""
+    rows, issues = max(int(total["rows"]), 1), []
+    for count, (limit, meaning) in TOLERATED.items():
+        found = int(total[count.name])
+        if found:
+            bound = f"{limit:.0%} tolerated" if limit else "none tolerated"
+            sentence = f"{found} of {rows} rows ({found / rows:.1%}, {bound}): {meaning}"
+            issues.append(QualityIssue(count.name, found, sentence, "degraded" if found > limit * rows else "note"))
+    return issues
+
 # %% ../../nbs/10_market/14_quality.ipynb #bdf3702a
-_PLAIN = {
-    "dropped_zero_mark": "marks of exactly 0, left out of pricing", "dropped_missing_mark": "marks that are missing, left out",
-    "dropped_negative_mark": "marks below zero, left out; check the harvester",
-    "dropped_unparseable_name": "names that are no options, left out", "dropped_missing_time": "rows without harvest_time, left out; check the harvester",
-    "dropped_missing_forward": "rows without a forward, left out; forward: auto may find it by parity",
-    "dropped_iv_unsolvable": "marks that no volatility explains, left out",
-    "iv_out_of_range": "mark IVs outside 1 % to 1000 %, solved from the marks instead",
-    "iv_unit_suspect": "mark IVs that look like decimals where percent belong, not believed but solved from the marks; write percent",
-    "quote_iv_unit_suspect": "bid or ask IVs that look like decimals, not believed; write percent",
-    "duplicate_instrument": "rows that repeat an instrument of their snapshot, the first kept; check the harvester",
-    "dropped_mark_unit": "rows of snapshots whose marks are not in the settlement's unit (coin for inverse, USD for linear), left out; check the harvester",
-    "name_disagrees": "rows whose expiry, strike or type contradicts the name, which is followed",
+# code: (of what, limit, meaning)
+_SHARES: dict[str, tuple[str, float, str]] = {
+    "crossed_quotes": ("two_sided", MAX_CROSSED_SHARE, "two-sided quotes have a bid above the ask, and both are set aside"),
+    "forward_mismatch": ("expiries", MAX_MISMATCH_SHARE, "expiries have a quoted forward more than 0.5 % from parity; forward: auto "
+                         "takes parity there"),
+    "mark_inconsistent": ("mark_tested", MAX_INCONSISTENT_SHARE, "marks near the money contradict their own IV; are both of one instant?"),
+    "repaired_from_name": ("rows", 1.0, "rows lacked expiry, strike or type, read from their names instead"),
+    "iv_solved": ("usable", 1.0, "usable rows have a mark IV that was solved from the mark"),
 }
 
 
-def _value_issues(total: pd.Series) -> list[QualityIssue]:
-    """Counts of rows against what is tolerated; below it, a note."""
+def _share_issues(total: pd.Series) -> list[QualityIssue]:
+    """Counts that are shares of something other than rows."""
     issues = []
-    for count, limit in TOLERATED.items():
-        found, rows = int(total[count.name]), max(int(total["rows"]), 1)
+    for code, (of, limit, meaning) in _SHARES.items():
+        found, whole = int(total[code]), int(total[of])
         if found:
-            over = found > limit * rows
-            bound = "none is tolerated" if limit == 0 else f"{limit:.0%} tolerated"
-            issues.append(QualityIssue(count.name, found, f"{found} of {rows} rows ({found / rows:.1%}; {bound}): {_PLAIN[count.name]}",
-                                       "degraded" if over else "note"))
+            bound = f" ({found / max(whole, 1):.1%}, limit {limit:.0%})" if limit < 1 else ""
+            issues.append(QualityIssue(code, found, f"{found} of {whole}{bound} {meaning}",
+                                       "degraded" if found > limit * whole else "note"))
     return issues
 
 # %% ../../nbs/10_market/14_quality.ipynb #9b97df69
-def _share_issue(code: str, found: int, of: int, limit: float, what: str) -> list[QualityIssue]:
-    """A count as a share of what it could be: beyond the limit degraded, else a note."""
-    if not found:
-        return []
-    return [QualityIssue(code, found, f"{found} of {of} {what.format(limit=f'{limit:.0%}')}", "degraded" if found > limit * of else "note")]
-
-
-def _market_issues(total: pd.Series) -> list[QualityIssue]:
-    """Quotes, forwards and marks that contradict one another."""
-    n = {name: int(total[name]) for name in ("crossed_quotes", "two_sided", "forward_mismatch", "expiries", "mark_inconsistent", "mark_tested",
-                                             "repaired_from_name", "iv_solved", "usable", "rows")}
-    issues = _share_issue("crossed_quotes", n["crossed_quotes"], n["two_sided"], MAX_CROSSED_SHARE,
-                          "two-sided quotes have a bid above the ask (limit {limit}), both sides set aside; check the harvester")
-    issues += _share_issue("forward_mismatch", n["forward_mismatch"], n["expiries"], TOLERATED_MISMATCH,
-                           "expiries have a quoted forward more than 0.5 % from put-call parity (limit {limit}); forward: auto uses parity there")
-    issues += _share_issue("mark_inconsistent", n["mark_inconsistent"], n["mark_tested"], TOLERATED_INCONSISTENT,
-                           "marks near the money contradict their own IV (limit {limit}); marks and IVs may be of different times or units")
-    issues += _share_issue("repaired_from_name", n["repaired_from_name"], n["rows"], 1.0, "rows lacked expiry, strike or type and were read from their names")
-    return issues + _share_issue("iv_solved", n["iv_solved"], n["usable"], 1.0, "usable rows have a mark IV that was solved from the mark")
+def _sweep_issues(seconds: np.ndarray) -> list[QualityIssue]:
+    """How long snapshots took."""
+    slow, moving, longest = int((seconds > MAX_SWEEP_SECONDS).sum()), int((seconds > 1.0).sum()), float(seconds.max(initial=0.0)) / 60
+    if slow:
+        sentence = (f"{slow} of {len(seconds)} snapshots took up to {longest:.1f} minutes (limit {MAX_SWEEP_SECONDS / 60:.0f}), so "
+                    "their rows are not of one market; harvest book summaries, or split the sweep")
+        return [QualityIssue("slow_sweep", slow, sentence)]
+    if moving:
+        sentence = f"{moving} of {len(seconds)} snapshots are sweeps of up to {longest:.1f} minutes; each row is timed by itself"
+        return [QualityIssue("sweep", moving, sentence, "note")]
+    return []
 
 # %% ../../nbs/10_market/14_quality.ipynb #c92b43fc
+def completeness(
+    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
+) -> pd.DataFrame:  # (s,) rows, before, after
+    """Share of rows with forward, mark, mark IV, expiry and type all present, before and after repair."""
+    rows = (snapshots["rows"] - snapshots["dropped_other_asset"]).astype(float)
+    shares = {"before": snapshots["complete_before"] / rows, "after": snapshots["complete_after"] / rows}
+    return pd.DataFrame({"rows": rows, **shares}).fillna(0.0)
+
+
+def low_quality(
+    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
+) -> np.ndarray:  # (s,) bool
+    """Snapshots that stay incomplete after repair, or are too small."""
+    small = (snapshots["usable"] < MIN_OPTIONS) | (snapshots["expiries"] < MIN_EXPIRIES)
+    return ((completeness(snapshots)["after"] < MIN_COMPLETENESS) | small).to_numpy(dtype=bool)
+
+# %% ../../nbs/10_market/14_quality.ipynb #220b75fb
 @dataclass(frozen=True)
 class SnapshotQuality:
     """The verdict on one snapshot."""
 
     time: pd.Timestamp  # last harvest time of its sweep
     status: DataQualityStatus
-    completeness_before: float  # share of rows with forward, mark, mark IV, expiry and type
-    completeness_after: float  # the same after repair
+    completeness_before: float  # as harvested
+    completeness_after: float  # after repair
     issues: tuple[QualityIssue, ...]
 
 
-def completeness(
-    snapshots: pd.DataFrame,  # `Chain.snapshots`
-) -> pd.DataFrame:  # rows, before, after: per snapshot
-    """Share of rows with forward, mark, mark IV, expiry and type all present."""
-    rows = (snapshots["rows"] - snapshots["dropped_other_asset"]).astype(float)
-    return pd.DataFrame({"rows": rows, "before": snapshots["complete_before"] / rows, "after": snapshots["complete_after"] / rows}).fillna(0.0)
-
-
-def low_quality(
-    snapshots: pd.DataFrame,  # `Chain.snapshots`
-) -> np.ndarray:  # (s,) bool
-    """Snapshots that are incomplete after repair, or too small to show a surface."""
-    small = (snapshots["usable"] < MIN_OPTIONS) | (snapshots["expiries"] < MIN_EXPIRIES)
-    return ((completeness(snapshots)["after"] < MIN_COMPLETENESS) | small).to_numpy(dtype=bool)
-
-# %% ../../nbs/10_market/14_quality.ipynb #220b75fb
-def _sweep_issues(seconds: np.ndarray) -> list[QualityIssue]:
-    slow, moving = int((seconds > MAX_SWEEP_SECONDS).sum()), int((seconds > 1.0).sum())
-    longest = float(seconds.max(initial=0.0))
-    if slow:
-        return [QualityIssue("slow_sweep", slow, f"{slow} of {len(seconds)} snapshots took longer than {MAX_SWEEP_SECONDS / 60:.0f} minutes, the longest "
-                             f"{longest / 60:.1f}: their rows are not of one market; harvest by book summary, or split the sweep")]
-    if moving:
-        return [QualityIssue("sweep", moving, f"{moving} of {len(seconds)} snapshots are sweeps of up to {longest / 60:.1f} minutes; each row is timed by itself", "note")]
-    return []
+def _incomplete(missing: int, before: float, after: float) -> list[QualityIssue]:
+    if after >= MIN_COMPLETENESS:
+        return []
+    sentence = (f"{after:.1%} of rows are complete after repair, {before:.1%} before (limit {MIN_COMPLETENESS:.0%}): the others lack "
+                "forward, mark, mark IV, expiry or type; check the harvester")
+    return [QualityIssue("incomplete", missing, sentence)]
 
 
 def assess_snapshot(
@@ -179,27 +188,31 @@ def assess_snapshot(
     if len(chain.snapshots) != 1:
         raise ConfigError(f"the chain holds {len(chain.snapshots)} snapshots where one is judged; use assess_window for several")
     row, share = chain.snapshots.iloc[0], completeness(chain.snapshots).iloc[0]
-    issues = _value_issues(row) + _market_issues(row) + _sweep_issues(chain.snapshots["sweep_seconds"].to_numpy())
-    if share["after"] < MIN_COMPLETENESS:
-        issues.append(QualityIssue("incomplete", int(row["rows"] - row["complete_after"]), f"{share['after']:.1%} of rows are complete after repair "
-                                   f"(limit {MIN_COMPLETENESS:.0%}): forward, mark, mark IV, expiry or type is missing; check the harvester"))
+    before, after = float(share["before"]), float(share["after"])
+    issues = _incomplete(int(share["rows"] - row["complete_after"]), before, after) + _value_issues(row) + _share_issues(row)
+    issues += _sweep_issues(chain.snapshots["sweep_seconds"].to_numpy())
     if row["usable"] < MIN_OPTIONS or row["expiries"] < MIN_EXPIRIES:
-        issues.append(QualityIssue("small_snapshot", int(row["usable"]), f"{row['usable']} usable options of {row['expiries']} expiries (at least {MIN_OPTIONS} of "
-                                   f"{MIN_EXPIRIES} needed): too small to show a surface", "degraded" if row["usable"] else "failed"))
-    return SnapshotQuality(row["time"], worst_of([i.severity for i in issues]), float(share["before"]), float(share["after"]), tuple(issues))
+        sentence = (f"{row['usable']} usable options of {row['expiries']} expiries, where {MIN_OPTIONS} of {MIN_EXPIRIES} are needed to "
+                    "show a surface; was the reply of the exchange cut short?")
+        issues.append(QualityIssue("small_snapshot", int(row["usable"]), sentence, "degraded" if row["usable"] else "failed"))
+    return SnapshotQuality(row["time"], worst_of(i.severity for i in issues), before, after, tuple(issues))
 
 # %% ../../nbs/10_market/14_quality.ipynb #2c4bfa43
 @dataclass(frozen=True)
 class Gap:
-    """A stretch without snapshots."""
+    """A stretch of a window without snapshots."""
 
     start: pd.Timestamp  # last snapshot before, or the window's start
     end: pd.Timestamp  # first snapshot after, or the window's end
-    steps: float  # its length in steps
+    steps: float  # its length
+
+    @property
+    def hours(self) -> float:
+        return (self.end - self.start).total_seconds() / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        hours = (self.end - self.start).total_seconds() / 3600
-        return {"start": self.start.isoformat(), "end": self.end.isoformat(), "hours": round(hours, 4), "steps": round(self.steps, 2)}
+        """As in the block `data_quality`."""
+        return {"start": self.start.isoformat(), "end": self.end.isoformat(), "hours": round(self.hours, 4), "steps": round(self.steps, 2)}
 
 
 @dataclass(frozen=True)
@@ -208,37 +221,37 @@ class Coverage:
 
     step: pd.Timedelta | None  # None where it is neither given nor to be seen
     filled: int  # slots with a snapshot
-    expected: int  # slots of the window
-    gaps: tuple[Gap, ...]  # longer than 3 steps
+    expected: int  # slots of the window; 0 where no step is known
+    gaps: tuple[Gap, ...]
 
     @property
     def fraction(self) -> float:
-        return self.filled / self.expected if self.expected else 0.0
+        """Filled over expected; NaN where no step is known."""
+        return self.filled / self.expected if self.expected else math.nan
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #de859977
 def measure_coverage(
-    times: Any,  # (s,) snapshot times
+    times: Any,  # (s,) snapshot times, in any order
     start: Any,  # of the window, inclusive
     end: Any,  # of the window, inclusive
-    step: pd.Timedelta | None = None,  # expected spacing; None takes the median
+    step: Any = None,  # expected spacing, a timedelta; None takes the median
 ) -> Coverage:
-    """Filled and expected slots, and the gaps. Slots follow the snapshots' own rhythm, so jitter and drift cost nothing."""
+    """Filled and expected slots of a window, and its gaps. Raises `ConfigError` for a window that ends before it starts."""
     begin, finish = to_utc(start), to_utc(end)
     if finish < begin:
         raise ConfigError(f"the window ends at {finish} before it starts at {begin}, so it holds nothing; swap start and end")
     ns = np.unique(epoch_ns(times)) if len(times) else np.zeros(0, dtype=np.int64)
-    apart = np.diff(ns)
-    step_ns = step.value if step is not None else int(np.median(apart)) if apart.size else 0
+    step_ns = pd.Timedelta(step).value if step is not None else int(np.median(np.diff(ns))) if len(ns) > 1 else 0
     if step_ns <= 0:
-        return Coverage(None, len(ns), 1 if begin == finish else 0, ())
-    edges = np.concatenate([[min(begin.value, *ns[:1])], ns, [max(finish.value, *ns[-1:])]])
-    slots = np.rint(apart / step_ns)
-    outer = np.floor(np.array([edges[1] - edges[0], edges[-1] - edges[-2]]) / step_ns) if len(ns) else np.zeros(2)
-    filled = int((slots >= 1).sum()) + min(len(ns), 1)
-    missing = int(np.maximum(slots - 1, 0).sum() + outer.sum()) if len(ns) else int((finish.value - begin.value) // step_ns) + 1
-    holes = np.flatnonzero(np.diff(edges) > GAP_STEPS * step_ns)
-    gaps = tuple(Gap(pd.Timestamp(edges[i], tz="UTC"), pd.Timestamp(edges[i + 1], tz="UTC"), (edges[i + 1] - edges[i]) / step_ns) for i in holes)
-    return Coverage(pd.Timedelta(step_ns), filled, filled + missing, gaps)
+        return Coverage(None, len(ns), int(len(ns) > 0 and begin == finish), ())
+    edges = np.array([min(begin.value, *ns[:1]), *ns, max(finish.value, *ns[-1:])] if len(ns) else [begin.value, finish.value])
+    apart = np.diff(edges) / step_ns
+    between = np.rint(apart[1:-1]) if len(ns) else np.zeros(0)
+    outside = np.floor(apart[[0, -1]]).sum() if len(ns) else np.floor(apart[0]) + 1
+    filled = int((between >= 1).sum()) + (len(ns) > 0)
+    stamps = pd.to_datetime(edges, utc=True)
+    gaps = tuple(Gap(stamps[i], stamps[i + 1], float(apart[i])) for i in map(int, np.flatnonzero(apart > GAP_STEPS)))
+    return Coverage(pd.Timedelta(step_ns), filled, filled + int(np.maximum(between - 1, 0).sum() + outside), gaps)
 
 # %% ../../nbs/10_market/14_quality.ipynb #4957b0cf
 @dataclass(frozen=True)
@@ -248,7 +261,7 @@ class DataQuality:
     num_snapshots: int
     num_schema_failures: int
     num_low_quality_snapshots: int
-    overall_non_null_core_fraction: float  # after repair
+    overall_non_null_core_fraction: float  # completeness after repair
     coverage_fraction: float  # NaN where no step is known
     gaps: tuple[Gap, ...]
     status: DataQualityStatus
@@ -257,93 +270,105 @@ class DataQuality:
 
     def to_dict(self) -> dict[str, Any]:
         """The block `data_quality` of a result."""
-        return {
-            "num_snapshots": self.num_snapshots, "num_schema_failures": self.num_schema_failures,
-            "num_low_quality_snapshots": self.num_low_quality_snapshots,
-            "overall_non_null_core_fraction": self.overall_non_null_core_fraction, "coverage_fraction": self.coverage_fraction,
-            "gaps": [gap.to_dict() for gap in self.gaps], "status": self.status.value, "issues": [issue.to_dict() for issue in self.issues],
-        }
+        plain = ("num_snapshots", "num_schema_failures", "num_low_quality_snapshots", "overall_non_null_core_fraction", "coverage_fraction")
+        listed = {"gaps": [gap.to_dict() for gap in self.gaps], "status": self.status.value,
+                  "issues": [issue.to_dict() for issue in self.issues]}
+        return {name: getattr(self, name) for name in plain} | listed
 
 
 def in_window(
-    snapshots: pd.DataFrame,  # `Chain.snapshots`
+    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
     start: Any,  # inclusive
     end: Any,  # inclusive
 ) -> pd.DataFrame:
-    """The snapshots whose sweep meets the window, at minute precision."""
+    """The snapshots whose sweep meets the window, at minute precision; and those without any time, so that they are seen."""
     if not len(snapshots):
         return snapshots
-    first, last = snapshots["first_time"].dt.floor("min"), snapshots["time"].dt.floor("min")
-    return snapshots[(last >= to_utc(start).floor("min")) & (first <= to_utc(end))].sort_values("time", ignore_index=True)
+    meets = (snapshots["time"].dt.floor("min") >= to_utc(start).floor("min")) & (snapshots["first_time"].dt.floor("min") <= to_utc(end))
+    return snapshots[meets | snapshots["time"].isna()].sort_values("time", kind="stable", ignore_index=True)
 
 # %% ../../nbs/10_market/14_quality.ipynb #d906f206
-def _schema_issues(failures: Sequence[Any], snapshots: int) -> list[QualityIssue]:
+def _failed_files(failures: Sequence[Any], snapshots: int) -> list[QualityIssue]:
     """Files that could not serve as snapshots, the first few by name."""
     if not failures:
         return []
-    share = len(failures) / (len(failures) + snapshots)
-    named = "; ".join(str(f) for f in failures[:3]) + (f"; and {len(failures) - 3} more" if len(failures) > 3 else "")
-    severity = "failed" if share > MAX_SCHEMA_FAILURE_SHARE else "degraded"
-    return [QualityIssue("schema", len(failures), f"{len(failures)} of {len(failures) + snapshots} files ({share:.0%}, limit {MAX_SCHEMA_FAILURE_SHARE:.0%}) "
-                         f"could not be read as snapshots and were left out: {named}", severity)]
+    files = len(failures) + snapshots
+    named = "; ".join(str(failure) for failure in failures[:3]) + ("; ..." if len(failures) > 3 else "")
+    sentence = (f"{len(failures)} of {files} files ({len(failures) / files:.0%}, beyond {MAX_SCHEMA_FAILURE_SHARE:.0%} the window is "
+                f"failed) could not be read as snapshots and were left out: {named}")
+    return [QualityIssue("schema", len(failures), sentence, "failed" if len(failures) > MAX_SCHEMA_FAILURE_SHARE * files else "degraded")]
 
 
-def _completeness_issues(snapshots: pd.DataFrame, before: float, after: float, low: int) -> list[QualityIssue]:
-    issues, n = [], len(snapshots)
-    if after < MIN_COMPLETENESS:
-        issues.append(QualityIssue("incomplete", int((snapshots["rows"] - snapshots["complete_after"]).sum()),
-                                   f"{after:.1%} of rows are complete after repair, {before:.1%} before (limit {MIN_COMPLETENESS:.0%}): "
-                                   "forward, mark, mark IV, expiry or type is missing; check the harvester"))
-    if low:
-        issues.append(QualityIssue("low_quality_snapshots", low, f"{low} of {n} snapshots are less than {MIN_COMPLETENESS:.0%} complete, or have fewer than {MIN_OPTIONS} "
-                                   f"usable options or {MIN_EXPIRIES} expiries (limit {MAX_LOW_QUALITY_SHARE:.0%} of snapshots)",
-                                   "degraded" if low > MAX_LOW_QUALITY_SHARE * n else "note"))
-    return issues
+def _low_quality_issue(low: int, of: int) -> list[QualityIssue]:
+    if not low:
+        return []
+    sentence = (f"{low} of {of} snapshots (limit {MAX_LOW_QUALITY_SHARE:.0%}) are less than {MIN_COMPLETENESS:.0%} complete after "
+                "repair, or hold fewer "
+                f"than {MIN_OPTIONS} usable options or {MIN_EXPIRIES} expiries; check the harvester, or leave these days out")
+    return [QualityIssue("low_quality_snapshots", low, sentence, "degraded" if low > MAX_LOW_QUALITY_SHARE * of else "note")]
+
+# %% ../../nbs/10_market/14_quality.ipynb #897d6536
+def _span(step: pd.Timedelta) -> str:
+    minutes = step.total_seconds() / 60
+    return f"{minutes / 60:.3g} h" if minutes >= 90 else f"{minutes:.3g} min"
 
 
 def _coverage_issues(coverage: Coverage, newest: pd.Timestamp, as_of: pd.Timestamp) -> list[QualityIssue]:
+    """Holes and age."""
     if coverage.step is None:
-        return [] if coverage.expected else [QualityIssue("coverage_unknown", coverage.filled, f"{coverage.filled} snapshot has no spacing, so the coverage of the window "
-                                                          "is not known; configure expected_step_minutes or widen the window")]
-    issues = []
-    if coverage.fraction < MIN_COVERAGE:
-        issues.append(QualityIssue("coverage", coverage.expected - coverage.filled, f"{coverage.filled} of {coverage.expected} expected snapshots are there "
-                                   f"({coverage.fraction:.0%}, limit {MIN_COVERAGE:.0%}; step {coverage.step}); backfill, or narrow the window"))
+        sentence = f"{coverage.filled} snapshots show no spacing, so coverage is not known; set expected_step_minutes, or widen the window"
+        return [] if coverage.expected else [QualityIssue("coverage_unknown", coverage.filled, sentence)]
+    issues, step, filled, expected = [], _span(coverage.step), coverage.filled, coverage.expected
+    if filled < MIN_COVERAGE * expected:
+        sentence = (f"{filled} of {expected} expected snapshots are there ({coverage.fraction:.0%}, limit {MIN_COVERAGE:.0%}, one every "
+                    f"{step}): what is calibrated is not the whole window; backfill, or narrow it")
+        issues.append(QualityIssue("coverage", expected - filled, sentence))
     if coverage.gaps:
-        longest = max(coverage.gaps, key=lambda g: g.steps)
-        issues.append(QualityIssue("gaps", len(coverage.gaps), f"{len(coverage.gaps)} gaps longer than {GAP_STEPS:.0f} steps, the longest of "
-                                   f"{(longest.end - longest.start).total_seconds() / 3600:.1f} hours from {longest.start:%Y-%m-%d %H:%M}", "note"))
+        longest = max(coverage.gaps, key=lambda gap: gap.steps)
+        sentence = (f"{len(coverage.gaps)} gaps longer than {GAP_STEPS:.0f} steps of {step}, the longest of {longest.hours:.1f} hours from "
+                    f"{longest.start:%Y-%m-%d %H:%M}")
+        issues.append(QualityIssue("gaps", len(coverage.gaps), sentence, "note"))
     if as_of - newest > GAP_STEPS * coverage.step:
-        issues.append(QualityIssue("stale", 1, f"the newest snapshot, {newest:%Y-%m-%d %H:%M}, is {(as_of - newest).total_seconds() / 3600:.1f} hours before "
-                                   f"{as_of:%Y-%m-%d %H:%M} (limit {GAP_STEPS:.0f} steps of {coverage.step}): the market has moved on; is the harvester running?"))
+        age = (as_of - newest).total_seconds() / 3600
+        sentence = (f"the newest snapshot, {newest:%Y-%m-%d %H:%M}, is {age:.1f} hours older than {as_of:%Y-%m-%d %H:%M} (limit "
+                    f"{GAP_STEPS:.0f} steps of {step}), so the market may have moved on; is the harvester running?")
+        issues.append(QualityIssue("stale", 1, sentence))
     return issues
 
-# %% ../../nbs/10_market/14_quality.ipynb #897d6536
+# %% ../../nbs/10_market/14_quality.ipynb #5a0c5247
+def _nothing(begin: pd.Timestamp, finish: pd.Timestamp, snapshots: int) -> QualityIssue:
+    held = f"{snapshots} snapshots but no usable option" if snapshots else "no snapshot"
+    sentence = (f"the window from {begin:%Y-%m-%d %H:%M} to {finish:%Y-%m-%d %H:%M} holds {held}, so nothing can be calibrated; check "
+                "the data root, the asset and the window")
+    return QualityIssue("no_usable_rows" if snapshots else "no_snapshots", snapshots, sentence, "failed")
+
+
 def assess_window(
-    snapshots: pd.DataFrame,  # `Chain.snapshots`, concatenated over days; may be empty
-    failures: Sequence[Any],  # files that failed: anything with `time` and a text
+    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`, concatenated over days; may be empty
+    failures: Sequence[Any],  # files that failed: text, with `time` where it is known
     start: Any,  # of the window, inclusive
     end: Any,  # of the window, inclusive
-    step: pd.Timedelta | None = None,  # expected spacing; None takes the median
-    as_of: Any = None,  # when freshness is judged; None is now, so a window of the past is stale
+    step: Any = None,  # expected spacing, a timedelta; None takes the median
+    as_of: Any = None,  # when freshness is judged; None is now
 ) -> DataQuality:
     """The verdict on a window, from what lies inside it alone."""
     begin, finish = to_utc(start), to_utc(end)
     inside = in_window(snapshots, begin, finish)
-    failed = [f for f in failures if begin.floor("min") <= to_utc(f.time) <= finish]
-    issues, n, usable = _schema_issues(failed, len(inside)), len(inside), int(inside["usable"].sum()) if len(inside) else 0
-    if not usable:
-        what = f"{n} snapshots but no usable option" if n else "no snapshot"
-        issues.append(QualityIssue("no_usable_rows" if n else "no_snapshots", n, f"the window from {begin:%Y-%m-%d %H:%M} to {finish:%Y-%m-%d %H:%M} holds {what}, so nothing "
-                                   "can be calibrated; check the data root, the asset and the window", "failed"))
-    coverage = measure_coverage(inside["time"] if n else [], begin, finish, step)
+    n = len(inside)
+    coverage = measure_coverage(inside["time"].dropna() if n else [], begin, finish, step)
+    known = [getattr(failure, "time", None) for failure in failures]
+    failed = [f for f, t in zip(failures, known, strict=True) if t is None or begin.floor("min") <= to_utc(t) <= finish]
+    issues = _failed_files(failed, n)
+    if not n or not inside["usable"].sum():
+        issues.insert(0, _nothing(begin, finish, n))
     if not n:
-        return DataQuality(0, len(failed), 0, 0.0, 0.0, coverage.gaps, worst_of([i.severity for i in issues]), tuple(issues), 0.0)
-    share, total = completeness(inside), inside[[c.name for c in Count]].sum()
-    rows = max(share["rows"].sum(), 1.0)
-    before, after, low = total["complete_before"] / rows, total["complete_after"] / rows, int(low_quality(inside).sum())
-    issues += _completeness_issues(inside, before, after, low) + _value_issues(total) + _market_issues(total)
-    issues += _sweep_issues(inside["sweep_seconds"].to_numpy())
+        return DataQuality(0, len(failed), 0, 0.0, 0.0, coverage.gaps, DataQualityStatus.failed, tuple(issues), 0.0)
+    total, low = inside[[c.name for c in Count]].sum(), int(low_quality(inside).sum())
+    rows = max(float(total["rows"] - total["dropped_other_asset"]), 1.0)
+    before, after = float(total["complete_before"] / rows), float(total["complete_after"] / rows)
+    issues += _incomplete(int(rows - total["complete_after"]), before, after) + _low_quality_issue(low, n)
+    issues += _value_issues(total) + _share_issues(total)
+    issues += _sweep_issues(inside["sweep_seconds"].dropna().to_numpy())
     issues += _coverage_issues(coverage, inside["time"].max(), pd.Timestamp.now("UTC") if as_of is None else to_utc(as_of))
-    fraction = coverage.fraction if coverage.expected else math.nan
-    return DataQuality(n, len(failed), low, float(after), fraction, coverage.gaps, worst_of([i.severity for i in issues]), tuple(issues), float(before))
+    return DataQuality(n, len(failed), low, after, coverage.fraction, coverage.gaps, worst_of(i.severity for i in issues), tuple(issues),
+                       before)
