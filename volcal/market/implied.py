@@ -118,54 +118,81 @@ def _fast_path(price: float, f: float, k: float, t: float, sign: float) -> float
     return s / math.sqrt(t) if good else math.nan
 
 # %% ../../nbs/10_market/12_implied.ipynb #07ccbf8d
+@njit(**INLINE)
+def _log_ratio(size: float, goal: float) -> float:
+    """ln(size / goal), for subnormal numbers too; some -746 where size is 0."""
+    ratio = size / goal
+    small = ratio < 2.3e-308
+    return fast_log(ratio * 18014398509481984.0 if small else ratio) - (37.42994775023705 if small else 0.0)
+
+
+@njit(**INLINE)
+def _refine(s: float, x: float, most: float, target: float, rest: float, side: float) -> tuple[float, float, float]:
+    """Misfit of the logarithm at s, Newton step, Householder step; prices in units of sqrt(f k)."""
+    h = -x / s
+    d1, d2 = h + 0.5 * s, h - 0.5 * s
+    e = fast_exp(-0.5 * (h * h + 0.25 * s * s))
+    q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
+    value = most - (q1 + q2) if d1 > 0.0 else q1 - q2
+    lacking = q1 + q2 if d1 > 0.0 else most - (q1 - q2)
+    size, goal = (value if side > 0.0 else lacking), (target if side > 0.0 else rest)
+    misfit = side * _log_ratio(size, goal)
+    newton, step = _householder(misfit, e * INV_SQRT_2PI / size, x, s, side)
+    return misfit, newton, step
+
+
+@njit(**INLINE)
+def _own_guess(value: float, f: float, k: float) -> tuple[float, float, float, float, float, float]:
+    """A guess of sigma sqrt(t), and the other arguments of `_refine`."""
+    lo, hi = min(f, k), max(f, k)
+    root = math.sqrt(lo) * math.sqrt(hi)
+    x = max(fast_log(hi / lo) if hi / lo < math.inf else fast_log(hi) - fast_log(lo), 1e-20)
+    most, target, rest = lo / root, value / root, (lo - value) / root
+    near = math.sqrt(max(-2.0 * fast_log(rest / most), 0.0))
+    above = value > 0.5 * lo
+    guess = near + math.sqrt(near * near + 2.0 * x) if above else x / _bachelier_guess(max(target / x, 1e-300))
+    return guess, x, most, target, rest, (-1.0 if above else 1.0)
+
+# %% ../../nbs/10_market/12_implied.ipynb #00b3517c
+@njit(**INLINE)
+def _three_steps(value: float, f: float, k: float) -> float:
+    s, x, most, target, rest, side = _own_guess(value, f, k)
+    s = s + _refine(s, x, most, target, rest, side)[2]
+    s = s + _refine(s, x, most, target, rest, side)[2]
+    _, newton, step = _refine(s, x, most, target, rest, side)
+    return s + step if (abs(newton) < 1e-5 * s) & (s < 40.0) else math.nan
+
+
 @njit(**KERNEL)
 def _bracketed(value: float, f: float, k: float) -> float:
     """sigma sqrt(t) of any time value strictly between 0 and min(f, k); NaN if 100 steps do not settle it."""
-    lo, hi = min(f, k), max(f, k)
-    x = math.log(hi / lo) if hi / lo < math.inf else math.log(hi) - math.log(lo)
-    root = math.sqrt(lo) * math.sqrt(hi)
-    most, target, rest = lo / root, value / root, (lo - value) / root
-    side = -1.0 if value > 0.5 * lo else 1.0
+    s, x, most, target, rest, side = _own_guess(value, f, k)
     left, right = 0.0, 10.0 + math.sqrt(100.0 + 2.0 * x)
-    near = math.sqrt(max(-2.0 * math.log(rest / most), 0.0))
-    low = x / _bachelier_guess(target / x) if x > 1e-20 else 2.5066 * target
-    s = low if side > 0.0 else near + math.sqrt(near * near + 2.0 * x)
     for _ in range(100):
         s = s if left < s < right else 0.5 * (left + right)
-        h = -x / s
-        d1, d2 = h + 0.5 * s, h - 0.5 * s
-        e = math.exp(-0.5 * (h * h + 0.25 * s * s))
-        q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
-        lacking = q1 + q2 if d1 > 0.0 else most - (q1 - q2)
-        trial = most - lacking if d1 > 0.0 else q1 - q2
-        size = trial if side > 0.0 else lacking
-        misfit = side * math.log(size / (target if side > 0.0 else rest)) if size > 0.0 else -side * math.inf
-        if misfit > 0.0:
-            right = s
-        else:
-            left = s
-        newton, step = _householder(misfit, e * INV_SQRT_2PI / size, x, s, side)
-        if misfit == 0.0 or abs(newton) <= 1e-7 * s or right - left <= 2.3e-16 * right:
-            return s if misfit == 0.0 or not abs(step) < s else s + step
+        misfit, newton, step = _refine(s, x, most, target, rest, side)
+        if misfit == 0.0:
+            return s
+        if abs(newton) <= 1e-7 * s or right - left <= 2.3e-16 * right:
+            return s + step if abs(step) < s else s
+        left, right = (left, s) if misfit > 0.0 else (s, right)
         s = s + step
     return math.nan
 
 # %% ../../nbs/10_market/12_implied.ipynb #5926b296
 @njit(**KERNEL)
-def _slow_path(price: float, f: float, k: float, t: float, sign: float) -> tuple[float, int]:
+def _diagnose(price: float, f: float, k: float, t: float, sign: float) -> tuple[int, float]:
+    """The reason why there is nothing to solve, or OK; and the time value."""
     inf = math.inf
-    known = (0.0 <= price) & (price < inf) & (0.0 < f) & (f < inf) & (0.0 < k) & (k < inf) & (t < inf) & (t > -inf) & (abs(sign) == 1.0)
+    known = (0.0 <= price) & (price < inf) & (0.0 < f) & (f < inf) & (0.0 < k) & (k < inf) & (-inf < t) & (t < inf) & (abs(sign) == 1.0)
     if not known:
-        return math.nan, INVALID
+        return INVALID, math.nan
     if t <= 0.0:
-        return math.nan, EXPIRED
+        return EXPIRED, math.nan
     value = _time_value(price, f, k, sign)
     if value <= (RESOLUTION * price if sign * (f - k) > 0.0 else 0.0):
-        return math.nan, BELOW
-    if min(f, k) - value <= RESOLUTION * price:
-        return math.nan, ABOVE
-    s = _bracketed(value, f, k)
-    return (s / math.sqrt(t), OK) if s > 0.0 else (math.nan, NOT_CONVERGED)
+        return BELOW, value
+    return (ABOVE if min(f, k) - value <= RESOLUTION * price else OK), value
 
 
 @njit(**KERNEL)
@@ -178,7 +205,14 @@ def implied_vol_scalar(
 ) -> tuple[float, int]:  # decimal or NaN, `ImpliedReason`
     """Implied volatility of one option, and its reason."""
     iv = _fast_path(price, f, k, t, sign)
-    return (iv, OK) if iv == iv else _slow_path(price, f, k, t, sign)
+    if iv == iv:
+        return iv, OK
+    code, value = _diagnose(price, f, k, t, sign)
+    if code != OK:
+        return math.nan, code
+    s = _three_steps(value, f, k)
+    s = s if s > 0.0 else _bracketed(value, f, k)
+    return (s / math.sqrt(t), OK) if s > 0.0 else (math.nan, NOT_CONVERGED)
 
 # %% ../../nbs/10_market/12_implied.ipynb #8ad4ed48
 @njit(**KERNEL)
@@ -188,16 +222,31 @@ def _fast_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any) -> None:
 
 
 @njit(**KERNEL)
+def _slow_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any, left: Any, work: Any) -> None:
+    count = 0
+    for i in range(iv.size):
+        code = OK
+        if iv[i] != iv[i]:
+            code, value = _diagnose(price[i], f[i], k[i], t[i], sign[i])
+            left[count], work[0, count], work[1, count], work[2, count] = i, value, f[i], k[i]
+            count += code == OK
+        reason[i] = code
+    for j in range(count):
+        work[3, j] = _three_steps(work[0, j], work[1, j], work[2, j])
+    for j in range(count):
+        s = work[3, j] if work[3, j] > 0.0 else _bracketed(work[0, j], work[1, j], work[2, j])
+        i = left[j]
+        iv[i], reason[i] = (s / math.sqrt(t[i]), OK) if s > 0.0 else (math.nan, NOT_CONVERGED)
+
+# %% ../../nbs/10_market/12_implied.ipynb #32e84f75
+@njit(**KERNEL)
 def implied_vol_loop(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any) -> None:
     """Fill iv (float64) and reason (int8) from contiguous float64 columns of one length; prices undiscounted."""
-    for start in range(0, iv.size, 1024):
-        stop = min(start + 1024, iv.size)
-        _fast_block(price[start:stop], f[start:stop], k[start:stop], t[start:stop], sign[start:stop], iv[start:stop])
-        for i in range(start, stop):
-            code = OK
-            if iv[i] != iv[i]:
-                iv[i], code = _slow_path(price[i], f[i], k[i], t[i], sign[i])
-            reason[i] = code
+    left, work = np.empty(1024, dtype=np.int64), np.empty((4, 1024))
+    for a in range(0, iv.size, 1024):
+        b = min(a + 1024, iv.size)
+        _fast_block(price[a:b], f[a:b], k[a:b], t[a:b], sign[a:b], iv[a:b])
+        _slow_block(price[a:b], f[a:b], k[a:b], t[a:b], sign[a:b], iv[a:b], reason[a:b], left, work)
 
 # %% ../../nbs/10_market/12_implied.ipynb #9f049086
 def implied_vol(
