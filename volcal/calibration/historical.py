@@ -23,7 +23,7 @@ from .engine import Plan, Source, Sums, add_sums, chain_sums, empty_sums, finish
 from .result import CalibrationResult
 from ..market.chain import Chain, normalize_chain
 from ..market.quality import DataQuality, assess_window
-from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, select_snapshots
+from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
 from ..units import ConfigError, NoUsableDataError
 from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, realized_vol
 
@@ -129,15 +129,8 @@ def day_chain(
     """The normalised chain of a day, without rows harvested outside the window."""
     config, harvest = task.plan.config, task.plan.config.harvest
     assert harvest is not None
-    frame, events = batch.frame, Counter()
-    inside = np.ones(len(frame), dtype=bool)
-    if harvest.start_time is not None:
-        inside &= ~(frame["harvest_time"] < harvest.start_time).to_numpy()
-    if harvest.end_time is not None:
-        inside &= ~(frame["harvest_time"] > harvest.end_time).to_numpy()
-    if not inside.all():
-        events["harvested_outside_window"] = int((~inside).sum())
-        frame = frame[inside].reset_index(drop=True)
+    frame = within_window(batch.frame, harvest.start_time, harvest.end_time).reset_index(drop=True)
+    events = Counter({"harvested_outside_window": len(batch.frame) - len(frame)})
     chain = normalize_chain(frame, forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
     place = {ref.time: number for number, ref in enumerate(task.refs)}
     where = np.array([place[batch.refs[int(s)].time] for s in chain.snapshots["snapshot"]], dtype=np.int64)
@@ -183,9 +176,9 @@ def split_days(
     plan: Plan,
 ) -> list[DayTask]:
     """One task per UTC day, in order."""
-    days = np.array([ref.day.toordinal() for ref in refs])
-    cuts = np.flatnonzero(np.r_[True, days[1:] != days[:-1], True])
-    return [DayTask(root, refs[a:b], rv[a:b], None if regime is None else regime[a:b], plan) for a, b in zip(cuts, cuts[1:])]
+    days = list(group_by_day(refs).values())
+    ends = np.cumsum([len(day) for day in days])
+    return [DayTask(root, day, rv[b - len(day):b], None if regime is None else regime[b - len(day):b], plan) for day, b in zip(days, ends)]
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #e74b169d
 def _early_tasks(tasks: list[DayTask], boundary: pd.Timestamp) -> dict[int, DayTask | None]:
