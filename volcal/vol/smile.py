@@ -344,7 +344,7 @@ def _svi_start(x, f, lo, hi, k, w, omega, floor, u, v):
 # %% ../../nbs/20_vol/21_smile.ipynb #c68941c2
 @njit(cache=True, nogil=True, error_model="numpy")
 def _svi_trial(x, c, reach, lo, hi, k, w, omega, floor, u, v):
-    """Put corner c on the line from the worst corner through the middle of the others (2 reflects, 3 expands, 0.5 and 1.5 contract); its cost."""
+    """Cost at corner c, put on the line from the worst through the middle of the others: 2 reflects, 3 expands, 0.5 and 1.5 contract."""
     for d in range(2):
         x[c, d] = x[2, d] + reach * (0.5 * (x[0, d] + x[1, d]) - x[2, d])
     return _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v)
