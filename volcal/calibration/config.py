@@ -32,7 +32,7 @@ def nearest_key(
     close = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.55)
     return f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #83742ced
 def _sentence(model: type[BaseModel], error: Any) -> str:
     """One pydantic failure of `model` in words."""
     path, fields = ".".join(str(part) for part in error["loc"]), model.model_fields
@@ -46,10 +46,10 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
         return f"{path} is missing and has no default; add it ({about})"
     return f"{path} = {error['input']!r}: {error['msg'].replace('Input should', 'it must')}; it is: {about}"
 
-# %% ../../nbs/30_calibration/30_config.ipynb #83742ced
+# %% ../../nbs/30_calibration/30_config.ipynb #9084634c
 _NUMBERS = (int, float, int | None, float | None)
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #65c01da8
 class ConfigPart(BaseModel):
     """A frozen piece of configuration; raises `ConfigError` with one sentence per failure."""
 
@@ -68,7 +68,7 @@ class ConfigPart(BaseModel):
             raise ValueError(f"{value} is no number, so nothing can be measured with it; write one")
         return value
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #a3161743
 def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError:
     """All failures of a model and of the parts inside it, with their full paths."""
     failures: list[str] = []
@@ -97,7 +97,7 @@ def _time(value: Any) -> Any:
         raise ValueError(f"{value!r} is a number, not a point in time, so no window can be built; write ISO, e.g. 2026-03-27T08:00Z")
     return to_utc(value).to_pydatetime()
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #4ef0412d
 def _types(value: Any) -> Any:
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple, set, frozenset)):
@@ -105,12 +105,12 @@ def _types(value: Any) -> Any:
     short = {"call": "C", "calls": "C", "c": "C", "put": "P", "puts": "P", "p": "P"}
     return sorted({short.get(str(part).strip().lower(), str(part)) for part in parts})
 
-# %% ../../nbs/30_calibration/30_config.ipynb #4ef0412d
+# %% ../../nbs/30_calibration/30_config.ipynb #08f35838
 def _is_numbers(value: Any) -> bool:
     """Whether it is a list of numbers (text and yes/no are none)."""
     return isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value)
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #5e2a2408
 def _edges(default: tuple[float, ...], upper: float, name: str) -> Any:
     """A reader of bucket edges: None or False = off, True = `default`, else strictly ascending within [0, `upper`]."""
     def read(value: Any) -> Any:
@@ -133,7 +133,7 @@ DteEdges = Annotated[list[float] | None, _edges(DEFAULT_DTE_EDGES, 10_000.0, "da
 AbsDeltaEdges = Annotated[list[float] | None, _edges(DEFAULT_ABS_DELTA_EDGES, 1.0, "|delta|")]
 MultiplierMethod = Literal["vega_weighted", "mean", "atm", "min_mae"]
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #a6067d5e
 def _ordered(low: float, high: float, names: str = "min_dte and max_dte") -> None:
     if low > high:
         raise ValueError(f"{names} are {low:g} and {high:g}, so no option can lie between them; swap them or widen the range")
@@ -151,7 +151,7 @@ class SkewConfig(ConfigPart):
         _ordered(self.min_dte, self.max_dte)
         return self
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #e64b0160
 class BandConfig(ConfigPart):
     """One term band, measured and fitted on its own."""
 
@@ -165,14 +165,14 @@ class BandConfig(ConfigPart):
         _ordered(self.min_dte, self.max_dte)
         return self
 
-# %% ../../nbs/30_calibration/30_config.ipynb #e64b0160
+# %% ../../nbs/30_calibration/30_config.ipynb #b3e37808
 DEFAULT_BANDS = (
     BandConfig(name="weekly", min_dte=3, max_dte=10),
     BandConfig(name="monthly", min_dte=20, max_dte=40),
     BandConfig(name="quarterly", min_dte=60, max_dte=100),
 )
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #c4a159a6
 class CalibrationFilters(ConfigPart):
     """Which options are liquid enough to count; an unset threshold filters nothing."""
 
@@ -182,11 +182,11 @@ class CalibrationFilters(ConfigPart):
     max_abs_moneyness: float | None = Field(None, gt=0, description="largest |strike / forward - 1|")
     require_two_sided: bool = Field(False, description="keep only options with both a bid and an ask")
 
-# %% ../../nbs/30_calibration/30_config.ipynb #b3e37808
+# %% ../../nbs/30_calibration/30_config.ipynb #43af2618
 def _data_root() -> str:
     return get_settings().data_root
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #4e293bbd
 class HarvestConfig(ConfigPart):
     """Which snapshots of which harvest."""
 
@@ -271,7 +271,7 @@ def _expand(name: str | None, value: Any) -> Any:
         return {}
     return str(value) if isinstance(value, Path) else value
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #fb3cda85
 def _check_config(config: CalibrationConfig) -> None:
     """What no single field can know; also gives the harvest its asset."""
     _ordered(config.min_dte, config.max_dte)
@@ -293,7 +293,7 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict:
         raise ConfigError(f"{', '.join(twice)} stands twice, so one value would be ignored; keep one")
     return dict(pairs)
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #cd7e6ade
 def _read_yaml(text: str) -> Any:
     import yaml
 
@@ -307,7 +307,7 @@ def _read_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"not readable as YAML, so nothing was loaded: {error}") from error
 
-# %% ../../nbs/30_calibration/30_config.ipynb #cd7e6ade
+# %% ../../nbs/30_calibration/30_config.ipynb #f29c4983
 def load_mapping(
     path: str | Path,  # of a YAML or JSON file
 ) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def load_mapping(
         raise ConfigError(f"config {path} holds {type(data).__name__}, not keys and values, so nothing was run; see data/configs")
     return data
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #d0dc9333
 def load_config(
     source: CalibrationConfig | dict[str, Any] | str | Path,  # a config, a dict, or the path of a YAML or JSON file
 ) -> CalibrationConfig:
@@ -356,7 +356,7 @@ def config_hash(
     """A name for this config: the same for equal configs, whatever the spelling, process or machine."""
     return _digest(config.model_dump(mode="json"))
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #9f709775
 def recipe_hash(
     config: CalibrationConfig,
 ) -> str:  # 16 hex digits
@@ -380,7 +380,7 @@ def _describe(model: type[BaseModel], prefix: str) -> list[dict[str, Any]]:
         entries += _describe(part, name + ".") if part else []
     return entries
 
-
+# %% ../../nbs/30_calibration/30_config.ipynb #66d740e8
 def describe_config() -> list[dict[str, Any]]:  # one entry per field: field, default, description
     """Every field of `CalibrationConfig` and its parts, in order, nested ones with a dotted name."""
     return _describe(CalibrationConfig, "")

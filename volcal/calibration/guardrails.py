@@ -27,7 +27,7 @@ def worst_status(
     known = [status if status in STATUSES else "failed" for status in statuses]
     return max(known, key=STATUSES.index, default="failed")
 
-
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #06d643c8
 def guardrail_thresholds(
     settings: Settings | None = None,  # default: this process's
 ) -> dict[str, float]:  # by the name of the setting, without its prefix
@@ -39,7 +39,7 @@ def guardrail_thresholds(
 def _field(thing: Any, name: str) -> Any:
     return thing.get(name) if isinstance(thing, dict) else getattr(thing, name, None)
 
-
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #02246fa0
 def quality_status(
     data_quality: Any,  # object with `status`, dict, status or text
 ) -> tuple[str, str]:  # status, sentence
@@ -63,7 +63,7 @@ def _as_float(value: Any) -> float:
     except (TypeError, ValueError):
         return math.nan
 
-
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #bfa3f8cf
 def _multiplier_breach(name: str, value: Any, limits: dict[str, float]) -> list[str]:
     low, high = limits["min_multiplier"], limits["max_multiplier"]
     number = _as_float(value)
@@ -73,7 +73,7 @@ def _multiplier_breach(name: str, value: Any, limits: dict[str, float]) -> list[
         return [f"{name} {number:.4g} is at or below {low:g}"]
     return [f"{name} {number:.4g} is at or above {high:g}"] if number >= high else []
 
-
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #971078e3
 def _error_breach(name: str, value: Any, limit: float) -> list[str]:
     if value is None:
         return []
@@ -114,7 +114,7 @@ def judged_metrics(
     bare = Metrics(count=result.count, mae_pct=result.mae_pct, bias_pct=result.bias_pct)
     return result.recommended_metrics or result.global_metrics or bare
 
-
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #4eeab7b4
 def _caution(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
     """Reasons to degrade a run that did not fail."""
     metrics, told = judged_metrics(result), []

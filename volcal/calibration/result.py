@@ -82,11 +82,11 @@ def _iso(when: Any) -> str | None:
 
     return None if pd.isna(when) else to_utc(when).isoformat().replace("+00:00", "Z")
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #bfa82ced
 def _plain_key(key: Any) -> str:
     return anchor_key(float(key)) if isinstance(key, (float, np.floating)) else str(key)
 
-# %% ../../nbs/30_calibration/35_result.ipynb #bfa82ced
+# %% ../../nbs/30_calibration/35_result.ipynb #c8fbfea4
 def to_plain(
     value: Any,  # anything that the engine computes
 ) -> Any:  # the same in dicts, lists, text, bool, int, float and None; result parts stay as they are
@@ -101,7 +101,7 @@ def to_plain(
         return [to_plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     return _plain_object(value)
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #6757e0c0
 def _plain_object(value: Any) -> Any:
     """The rarer kinds: numpy, pandas, dates, enums, paths, models, dataclasses."""
     if isinstance(value, Enum):
@@ -150,7 +150,7 @@ class Metrics(ResultPart):
     recommended_iv_multiplier: float | None = None  # of these options alone
     vega_sum: float | None = None  # sum of vega / forward
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #fa62df06
 class GlobalMetrics(Metrics):
     """Errors over all options of the headline range."""
 
@@ -166,7 +166,7 @@ class MultiplierCandidates(ResultPart):
     min_mae: float | None = None
     min_mae_at_bound: bool | None = None  # the minimiser ended on a bound
 
-# %% ../../nbs/30_calibration/35_result.ipynb #fa62df06
+# %% ../../nbs/30_calibration/35_result.ipynb #6978ceab
 class BucketResult(Metrics):
     """One DTE, |delta| or joint bucket, half-open, the last one closed."""
 
@@ -178,7 +178,7 @@ class BucketResult(Metrics):
     avg_mark_iv: float | None = None  # decimal
     avg_synth_iv: float | None = None  # decimal
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #fbd7c74a
 class BandResult(Metrics):
     """One term band, on its own range of DTE, inclusive."""
 
@@ -194,7 +194,7 @@ class OptionTypeResult(Metrics):
 
     bands: list[BandResult] = []
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #4c660763
 class ResidualsSummary(ResultPart):
     """How the errors are distributed."""
 
@@ -205,7 +205,7 @@ class ResidualsSummary(ResultPart):
     by_dte_bucket: dict[str, BucketResult] = {}
     by_expiry_weekday: dict[str, BucketResult] = {}
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #68a36050
 class LadderRung(Metrics):
     """One simplification of the model, on the same options and metrics as the others."""
 
@@ -225,7 +225,7 @@ class LiquidityFilters(ResultPart):
     dropped_count: int = 0
     dropped_by_reason: dict[str, int] = {}
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #898de644
 class SkewFit(ResultPart):
     """Anchor ratios by |delta|, and by call delta where the smile reaches further."""
 
@@ -238,7 +238,7 @@ class SkewFit(ResultPart):
     max_dte: float | None = None
     enabled: bool | None = None
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #2f412927
 class SkewMisfit(ResultPart):
     """Recommended minus current ratios."""
 
@@ -253,7 +253,7 @@ class VolSurfaceDiff(ResultPart):
     anchor_ratios_delta: dict[str, float | None] = {}
     band_multiplier_delta: dict[str, float | None] = {}
 
-# %% ../../nbs/30_calibration/35_result.ipynb #898de644
+# %% ../../nbs/30_calibration/35_result.ipynb #e6f213d5
 class SensorValue(ResultPart):
     """A sensor over the window; a live run has mean = last."""
 
@@ -262,7 +262,7 @@ class SensorValue(ResultPart):
     count: int | None = None  # snapshots with a value
     reason: str | None = None  # why there is none
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #78ccfdbf
 class RegimeEnvironment(ResultPart):
     """One regime within the window."""
 
@@ -275,14 +275,14 @@ class RegimeEnvironment(ResultPart):
     vrp_drift: float | None = None  # the window's VRP minus the model's, decimal
     multiplier: float | None = None
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #9751f88a
 class TimeRange(ResultPart):
     """First and last snapshot used."""
 
     start: UtcTime | None = None
     end: UtcTime | None = None
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #0e199f14
 class Reproducibility(ResultPart):
     """What it takes to get the same bytes again."""
 
@@ -401,7 +401,7 @@ def result_with_verdict(
     """The same result, judged; everything else is unchanged."""
     return CalibrationResult(**{**dict(result.items()), "status": status, "reason": reason})
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #a0d87b49
 def result_to_json(
     result: CalibrationResult,
     indent: int | None = 2,  # None for one line
@@ -409,7 +409,7 @@ def result_to_json(
     """Deterministic JSON: sorted keys, null for what is missing, doubles in full, UTF-8 text."""
     return json.dumps(result.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False, indent=indent)
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #dda95084
 def result_from_json(
     text: str | bytes | Path,  # JSON, or the path of a file that holds it
 ) -> CalibrationResult:
@@ -423,7 +423,7 @@ def result_from_json(
         raise ConfigError(f"this is no calibration result but a {type(content).__name__}, so nothing was read")
     return CalibrationResult(**content)
 
-# %% ../../nbs/30_calibration/35_result.ipynb #a0d87b49
+# %% ../../nbs/30_calibration/35_result.ipynb #a47dc0fe
 def _yaml(content: Any) -> str:
     import yaml
 
@@ -439,7 +439,7 @@ def vol_surface_yaml(
                           "set emit_recommended_vol_surface: true and see the result's reason and events")
     return _yaml({"vol_surface": result.recommended_vol_surface})
 
-
+# %% ../../nbs/30_calibration/35_result.ipynb #c93d9f7e
 def result_rows_frame(
     result: CalibrationResult,
 ) -> pd.DataFrame:

@@ -42,7 +42,7 @@ DETAIL_PARTS = (
     "vol_surface_diff", "multiplier_candidates", "global_metrics", "recommended_metrics", "out_of_sample_metrics", "time_range",
     "rv_annualized", "rv_source", "rv_stderr", "atm_iv", "spot", "events", "active_overrides")
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #9049e0fd
 class CalibrationHistoryEntry(BaseModel):
     """One run. Raises `HistoryError` naming what does not fit."""
 
@@ -167,7 +167,7 @@ HISTORY = sa.Table(
 BUSY_SECONDS = 60.0
 CONNECT_SECONDS = 10
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #1ac8e356
 def history_url(
     url: str | None = None,  # SQLAlchemy URL; default: the settings' database_url
 ) -> URL:
@@ -184,7 +184,7 @@ def history_url(
         raise HistoryError(f"{backend} is not supported as a history, so nothing was recorded; use SQLite or PostgreSQL")
     return address
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #6415b86c
 def _place(address: URL) -> str:
     """The database in words: no password, no query."""
     return address.set(query={}).render_as_string(hide_password=True)
@@ -195,7 +195,7 @@ def _sqlite_file(address: URL) -> Path | None:
     name = address.database if address.get_backend_name() == "sqlite" else None
     return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)
 
-# %% ../../nbs/50_ops/50_history.ipynb #1ac8e356
+# %% ../../nbs/50_ops/50_history.ipynb #08e5326f
 def _on_sqlite_connect(connection: Any, _record: Any) -> None:
     """Leave transactions to us, wait for locks, and switch to WAL once (the file remembers)."""
     connection.isolation_level = None
@@ -208,7 +208,7 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
         _LOG.debug("WAL not set: %s", error)
     cursor.close()
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #fdc0dfc7
 def _on_sqlite_begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("volcal_write") else "BEGIN")
 
@@ -248,7 +248,7 @@ _VERSION_FOUND = sa.select(VERSIONS.c.version).where(VERSIONS.c.component == HIS
 def _of_the_future(found: int | None) -> str:
     return f"the history has schema version {found}, this volcal knows {SCHEMA_VERSION}, so it is left alone; update volcal"
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #35d4d6a3
 def _version(connection: Connection) -> int:
     """Schema version found: 0 nothing, 1 the nine-column table. Raises `HistoryError` for one of the future."""
     inspector = sa.inspect(connection)
@@ -261,7 +261,7 @@ def _version(connection: Connection) -> int:
         raise HistoryError(_of_the_future(found))
     return found or 1
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #6d2b8dff
 def _sql(connection: Connection, statement: str) -> None:
     connection.exec_driver_sql(statement)
 
@@ -269,7 +269,7 @@ def _sql(connection: Connection, statement: str) -> None:
 def _column_sql(column: sa.Column[Any], connection: Connection) -> str:
     return str(sa.schema.CreateColumn(column).compile(dialect=connection.dialect))
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #bcfa9b2d
 def _add_missing(connection: Connection) -> None:
     """Add the columns that an older table does not have; none of them is required of old rows."""
     found = {column["name"] for column in sa.inspect(connection).get_columns(HISTORY.name)}
@@ -278,7 +278,7 @@ def _add_missing(connection: Connection) -> None:
         _sql(connection, f"ALTER TABLE {HISTORY.name} ADD COLUMN {_column_sql(column, connection)}")
     _LOG.info("history upgraded columns_added=%s", ",".join(column.name for column in missing) or "none")
 
-# %% ../../nbs/50_ops/50_history.ipynb #35d4d6a3
+# %% ../../nbs/50_ops/50_history.ipynb #c2da7f90
 def _free_postgres(connection: Connection) -> None:
     """Bring the old columns of a PostgreSQL table to today's types."""
     for column in sa.inspect(connection).get_columns(HISTORY.name):
@@ -293,7 +293,7 @@ def _free_postgres(connection: Connection) -> None:
         if wanted.nullable and not column["nullable"]:
             _sql(connection, f"{alter} DROP NOT NULL")
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #ad355c74
 def _free_sqlite(connection: Connection) -> None:
     """Rebuild a SQLite table whose columns may not be empty (it cannot alter them); columns of others are kept."""
     columns = sa.inspect(connection).get_columns(HISTORY.name)
@@ -336,7 +336,7 @@ def _is_new(url: str | None) -> bool:
     file = _sqlite_file(history_url(url))
     return file is not None and not file.exists()
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #4762392b
 @contextmanager
 def history_connection(
     url: str | None = None,  # default: the settings' database_url
@@ -353,7 +353,7 @@ def history_connection(
             raise HistoryError(_of_the_future(found))
         yield connection
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #ffc26b5a
 def _make_ready(address: URL) -> None:
     """Create or upgrade where that is due; remembered, because reflection costs more than a write."""
     file, current = _sqlite_file(address), False
@@ -367,7 +367,7 @@ def _make_ready(address: URL) -> None:
             _upgrade(connection)
     _READY.add(address)
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #ffa57df8
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -390,7 +390,7 @@ def insert_calibration_history(
     _LOG.info("history id=%s underlying=%s status=%s multiplier=%s", number[0], row.underlying, row.status, row.multiplier)
     return int(number[0])
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #266d97ff
 def mark_applied(
     id: int,  # of the run
     by: str = "volcal",  # who or what applied it
@@ -456,7 +456,7 @@ def get_latest_calibration(
     found = find_calibrations(underlying, dte_min, dte_max, source, url=url, limit=1 if include_failed else None)
     return next((entry for entry in found if include_failed or entry.status != "failed"), None)
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #2c86c6c3
 def get_calibration(
     id: int,
     url: str | None = None,
@@ -470,7 +470,7 @@ def get_calibration(
         raise HistoryError(f"there is no run {id} in the history; see `volcal history`")
     return _entry(found)
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #d9892e0e
 def list_recent_calibrations(
     underlying: str | None = None,  # None = all
     limit: int | None = 20,

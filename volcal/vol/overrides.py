@@ -23,7 +23,7 @@ __all__ = ['IVMultiplierOverride', 'set_iv_multiplier_override', 'get_iv_multipl
 # %% ../../nbs/20_vol/24_overrides.ipynb #24dc32cc
 _LOG = logging.getLogger("volcal.vol.overrides")
 
-
+# %% ../../nbs/20_vol/24_overrides.ipynb #d72f4834
 @dataclass(frozen=True)
 class IVMultiplierOverride:
     """One override in force."""
@@ -49,7 +49,7 @@ _LOCK = threading.Lock()
 _ACTIVE: dict[_Key, IVMultiplierOverride] = {}
 _ORDER = iter(range(1, 2**62))
 
-# %% ../../nbs/20_vol/24_overrides.ipynb #d72f4834
+# %% ../../nbs/20_vol/24_overrides.ipynb #112b9c6e
 def _number(name: str, value: Any, remedy: str) -> float:
     """A finite float; text and yes/no are none."""
     try:
@@ -60,7 +60,7 @@ def _number(name: str, value: Any, remedy: str) -> float:
         raise ConfigError(f"{name} is {value!r}, not a finite number, so no override was set; {remedy}")
     return number
 
-
+# %% ../../nbs/20_vol/24_overrides.ipynb #60b563bd
 def _key(underlying: str, dte_min: float | None, dte_max: float | None) -> _Key:
     """Underlying and range as stored. Raises `ConfigError` where they are none."""
     if not isinstance(underlying, str) or not underlying.strip():
@@ -71,7 +71,7 @@ def _key(underlying: str, dte_min: float | None, dte_max: float | None) -> _Key:
         raise ConfigError(f"the DTE range {low} to {high} holds no option, so the override would do nothing; give 0 <= dte_min <= dte_max")
     return underlying.strip().upper(), low, high
 
-# %% ../../nbs/20_vol/24_overrides.ipynb #112b9c6e
+# %% ../../nbs/20_vol/24_overrides.ipynb #79166d1e
 def set_iv_multiplier_override(
     underlying: str,  # BTC, SOL_USDC, ... in any case
     dte_min: float | None,  # days, inclusive; both None = the whole underlying
@@ -89,7 +89,7 @@ def set_iv_multiplier_override(
             _ACTIVE[key] = IVMultiplierOverride(*key, number, next(_ORDER), datetime.now(UTC))
     _LOG.info("override underlying=%s dte_min=%s dte_max=%s value=%s", *key, number)
 
-
+# %% ../../nbs/20_vol/24_overrides.ipynb #2c98a211
 def get_iv_multiplier_override(
     underlying: str,  # BTC, ...
     dte_min: float | None = None,  # days; both None = the whole underlying
@@ -99,7 +99,7 @@ def get_iv_multiplier_override(
     found = _ACTIVE.get(_key(underlying, dte_min, dte_max))
     return None if found is None else found.value
 
-# %% ../../nbs/20_vol/24_overrides.ipynb #60b563bd
+# %% ../../nbs/20_vol/24_overrides.ipynb #871d1325
 def active_iv_multiplier_overrides(
     underlying: str | None = None,  # None = of all
 ) -> list[IVMultiplierOverride]:
@@ -108,7 +108,7 @@ def active_iv_multiplier_overrides(
         found = sorted(_ACTIVE.values(), key=lambda one: one.order)
     return [one for one in found if underlying is None or one.underlying == underlying.strip().upper()]
 
-
+# %% ../../nbs/20_vol/24_overrides.ipynb #8f6e2c87
 def clear_iv_multiplier_overrides(
     underlying: str | None = None,  # None = of all
 ) -> int:  # how many were unset
