@@ -64,14 +64,17 @@ def _as_float(value: Any) -> float:
         return math.nan
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #bfa3f8cf
+_TINY = 1e-9  # 0.1 + 0.6 is on the bound of 0.7 too
+
+
 def _multiplier_breach(name: str, value: Any, limits: dict[str, float]) -> list[str]:
     low, high = limits["min_multiplier"], limits["max_multiplier"]
     number = _as_float(value)
     if math.isnan(number):
         return [f"{name} is {'missing' if value is None else 'not a number'}; it must lie between {low:g} and {high:g}"]
-    if number <= low:
+    if number <= low + _TINY:
         return [f"{name} {number:.4g} is at or below {low:g}"]
-    return [f"{name} {number:.4g} is at or above {high:g}"] if number >= high else []
+    return [f"{name} {number:.4g} is at or above {high:g}"] if number >= high - _TINY else []
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #971078e3
 def _error_breach(name: str, value: Any, limit: float) -> list[str]:
