@@ -41,7 +41,9 @@ from .instruments import parse_instruments
 from .pricing import black76_greeks
 from .store import Store
 from volcal.units import (
+    DAYS_PER_YEAR,
     NS_PER_YEAR,
+    SETTLEMENT_MINUTES,
     ConfigError,
     NoUsableDataError,
     StoreError,
@@ -53,11 +55,11 @@ from volcal.units import (
 )
 
 # %% auto #0
-__all__ = ['log', 'ONE_INSTANT_NS', 'AT_THE_TICK', 'BOOK_COLUMNS', 'Status', 'REASONS', 'EMPTY_ATTEMPTS', 'DVOL_ASSETS',
-           'FIRST_BACKFILL', 'book_times', 'quote_ivs', 'snapshot_frame', 'ManifestEntry', 'entry_for', 'Manifest',
-           'Book', 'group_by_asset', 'fetch_books', 'keep_book', 'harvest_once', 'parse_interval', 'Clock',
-           'ExchangeClock', 'recover', 'harvest_tick', 'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus',
-           'harvest_status', 'BackfillReport', 'backfill']
+__all__ = ['log', 'ONE_INSTANT_NS', 'AT_THE_TICK', 'BOOK_COLUMNS', 'INDEX_AGREES', 'Status', 'REASONS', 'EMPTY_ATTEMPTS',
+           'DVOL_ASSETS', 'FIRST_BACKFILL', 'book_times', 'quote_ivs', 'index_column', 'snapshot_frame',
+           'ManifestEntry', 'entry_for', 'Manifest', 'Book', 'group_by_asset', 'fetch_books', 'keep_book',
+           'harvest_once', 'parse_interval', 'Clock', 'ExchangeClock', 'recover', 'stop_on_signals', 'harvest_tick',
+           'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus', 'harvest_status', 'BackfillReport', 'backfill']
 
 # %% ../../nbs/10_market/17_harvester.ipynb #8b975076
 log = logging.getLogger("volcal.harvester")
@@ -97,6 +99,20 @@ def quote_ivs(
     return decimal_to_pct(implied_vol(usd, forward, strike, t, option_type, np.where(linear, rate, 0.0)).iv)
 
 # %% ../../nbs/10_market/17_harvester.ipynb #cc6a3cc2
+INDEX_AGREES = 0.01
+
+
+def index_column(
+    delivery: np.ndarray,  # (n,) estimated_delivery_price of the rows, USD; NaN where not told
+    t: np.ndarray,  # (n,) years to expiry
+    index_price: float,  # of get_index_price, USD; NaN when not known
+) -> np.ndarray:  # (n,) USD
+    """The index at each row's own instant: outside the settlement window that is what the exchange calls estimated delivery price."""
+    settling = ~(t * DAYS_PER_YEAR * 1440 > SETTLEMENT_MINUTES)
+    agrees = np.isnan(index_price) | (np.abs(delivery / index_price - 1) < INDEX_AGREES)
+    return np.where(settling | ~agrees, index_price, delivery)
+
+# %% ../../nbs/10_market/17_harvester.ipynb #048c9cb9
 def snapshot_frame(
     rows: Sequence[OptionBook],  # one asset's options, as the exchange sent them
     asset: str,  # BTC, SOL_USDC, ...
@@ -110,6 +126,7 @@ def snapshot_frame(
     out: dict[str, Any] = {column: np.array([row.get(name) for row in rows], dtype=np.float64) for name, column in BOOK_COLUMNS.items()}
     ns = book_times(np.array([row["creation_timestamp"] for row in rows]))
     expiry = parsed["expiry"]
+    t = np.where(expiry.isna(), np.nan, (epoch_ns(expiry) - ns) / NS_PER_YEAR)
     frame = pd.DataFrame(
         {
             "harvest_time": pd.DatetimeIndex(ns.view("datetime64[ns]")).tz_localize("UTC").as_unit("us"),
@@ -120,12 +137,11 @@ def snapshot_frame(
             "option_type": parsed["option_type"],
             "strike": parsed["strike"],
             **out,
-            "index_price": float(index_price),
+            "index_price": index_column(np.array([row.get("estimated_delivery_price") for row in rows], dtype=np.float64), t, index_price),
             "underlying_index": [row.get("underlying_index") for row in rows],
         }
     )
-    t = (epoch_ns(expiry) - ns) / NS_PER_YEAR
-    return frame.assign(**_computed(frame, np.where(expiry.isna(), np.nan, t), asset.endswith("_USDC")))
+    return frame.assign(**_computed(frame, t, asset.endswith("_USDC")))
 
 # %% ../../nbs/10_market/17_harvester.ipynb #fd9185cb
 def _computed(frame: pd.DataFrame, t: np.ndarray, linear: bool) -> dict[str, np.ndarray]:
@@ -464,7 +480,7 @@ def _outcomes(asset: str, due: pd.DatetimeIndex, written: dict[pd.Timestamp, str
 
 # %% ../../nbs/10_market/17_harvester.ipynb #e1202036
 @contextlib.contextmanager
-def _flagged(stop: threading.Event) -> Iterator[None]:
+def stop_on_signals(stop: threading.Event) -> Iterator[None]:
     """SIGTERM and SIGINT set `stop`, in the main thread; elsewhere signals are not ours."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -557,7 +573,7 @@ def run_harvester(
     store, manifests = _opened(root, assets)
     client = client or Deribit()
     clock = clock or ExchangeClock(client, speed)
-    with _alone(store), _flagged(stop), contextlib.suppress(CancelledError):
+    with _alone(store), stop_on_signals(stop), contextlib.suppress(CancelledError):
         _loop(run, store, manifests, client, clock, step, stop, max_ticks, _tick_deadline(step, speed))
     run.stopped = stop.is_set()
     return run
