@@ -93,11 +93,12 @@ def set_iv_multiplier_override(
 def get_iv_multiplier_override(
     underlying: str,  # BTC, ...
     dte_min: float | None = None,  # days; both None = the whole underlying
-    dte_max: float | None = None,  # days
+    dte_max: float | None = None,  # days; the same as dte_min for one option
 ) -> float | None:  # multiplier, or None when unset
-    """The override set for exactly this range; what an option gets is `override_multiplier_at`."""
-    found = _ACTIVE.get(_key(underlying, dte_min, dte_max))
-    return None if found is None else found.value
+    """The override that holds over this whole range: its own, else the narrowest that contains it, else the underlying's."""
+    low, high = (0.0 if dte_min is None else dte_min), (math.inf if dte_max is None else dte_max)
+    covering = [one for one in active_iv_multiplier_overrides(underlying) if one.low <= low and high <= one.high]
+    return min(covering, key=lambda one: (one.high - one.low, -one.order)).value if covering else None
 
 # %% ../../nbs/20_vol/24_overrides.ipynb #871d1325
 def active_iv_multiplier_overrides(
