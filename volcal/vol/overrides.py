@@ -43,6 +43,10 @@ class IVMultiplierOverride:
     def high(self) -> float:
         return math.inf if self.dte_max is None else self.dte_max
 
+    @property
+    def width(self) -> tuple[float, float]:  # of two without end the later beginning is the narrower
+        return self.high - self.low, -self.low if math.isinf(self.high) else 0.0
+
 
 _Key = tuple[str, float | None, float | None]
 _LOCK = threading.Lock()
@@ -98,7 +102,7 @@ def get_iv_multiplier_override(
     """The override that holds over this whole range: its own, else the narrowest that contains it, else the underlying's."""
     low, high = (0.0 if dte_min is None else dte_min), (math.inf if dte_max is None else dte_max)
     covering = [one for one in active_iv_multiplier_overrides(underlying) if one.low <= low and high <= one.high]
-    return min(covering, key=lambda one: (one.high - one.low, -one.order)).value if covering else None
+    return min(covering, key=lambda one: (one.width, -one.order)).value if covering else None
 
 # %% ../../nbs/20_vol/24_overrides.ipynb #871d1325
 def active_iv_multiplier_overrides(
@@ -128,6 +132,6 @@ def override_multiplier_at(
     """The override that holds for each option: the narrowest range that contains it, the last set among equals."""
     days = np.asarray(dte, dtype=np.float64)
     out = np.full(days.shape, np.nan)
-    for one in sorted(active_iv_multiplier_overrides(underlying), key=lambda one: (one.low - one.high, one.order)):
+    for one in sorted(active_iv_multiplier_overrides(underlying), key=lambda one: (one.width, -one.order), reverse=True):
         out[(days >= one.low) & (days <= one.high)] = one.value
     return float(out) if days.ndim == 0 else out
