@@ -73,7 +73,7 @@ def epoch_scale(
     size = np.abs(np.asarray(values, dtype=np.float64))
     return np.select([size < 1e11, size < 1e14, size < 1e17], [1_000_000_000, 1_000_000, 1_000], default=1)
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #076c8a8c
 def epoch_to_ns(
     values: Any,  # (n,) epochs of any unit; NaN and 0 are none
 ) -> np.ndarray:  # (n,) int64 nanoseconds, NaT where there is none
@@ -238,7 +238,7 @@ class _Names(NamedTuple):
     expiry_id: np.ndarray  # (m,) int64 by (asset, expiry)
     pair_id: np.ndarray  # (m,) int64 by (asset, expiry, strike)
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #0083db36
 class _Rows(NamedTuple):
     """The columns of a batch in order of snapshot; IV in decimals."""
 
@@ -257,7 +257,7 @@ class _Rows(NamedTuple):
     bid_iv: np.ndarray
     ask_iv: np.ndarray
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #11796ee0
 class _Work(NamedTuple):
     """What the loops find out."""
 
@@ -312,7 +312,7 @@ def _gather_rows(
         array(_type_signs(frame["option_type"].array)), number["underlying_price"], number["index_price"], number["mark_price"],
         number["best_bid_price"], number["best_ask_price"], decimal["mark_iv"], decimal["bid_iv"], decimal["ask_iv"])
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #001bd7c2
 def _make_work(rows: _Rows, names: _Names) -> _Work:
     s, n, e = rows.start.size - 1, rows.code.size, int(names.expiry_id.max(initial=-1)) + 1
     return _Work(np.zeros((s, len(Count)), dtype=np.int64), np.zeros(s, dtype=bool), np.zeros(s, dtype=bool), np.zeros(n, dtype=np.int8),
@@ -326,7 +326,7 @@ SETTLEMENT_NS = SETTLEMENT_MINUTES * 60 * 1_000_000_000
 def _positive(x: float) -> bool:
     return x > 0.0 and math.isfinite(x)
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #919bb113
 @njit(cache=True, nogil=True, error_model="numpy")
 def _drop_reason(time_ns, expiry_ns, mark, seen):  # type: ignore[no-untyped-def]
     """Why a readable row cannot be used, or `Count.rows` where it can."""
@@ -385,7 +385,7 @@ def _looks_decimal(iv, lo, hi):  # type: ignore[no-untyped-def]
             large += iv[i] >= DECIMAL_IV_MEDIAN
     return small > large
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #d65c3e38
 @njit(cache=True, nogil=True, error_model="numpy")
 def _suspect_units(rows, work):  # type: ignore[no-untyped-def]
     for s in range(rows.start.size - 1):
@@ -429,14 +429,14 @@ class _Pairs(NamedTuple):
     quoted: np.ndarray  # (p,)
     growth: np.ndarray  # (p,)
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #257a35c0
 def _pair_table(names: _Names) -> _Pairs:
     n = int(names.pair_id.max(initial=-1)) + 1
     expiry_id, strike, linear = np.zeros(n, dtype=np.int64), np.zeros(n), np.zeros(n, dtype=bool)
     expiry_id[names.pair_id], strike[names.pair_id], linear[names.pair_id] = names.expiry_id, names.strike, names.linear
     return _Pairs(expiry_id, strike, linear, np.full(n, -1), np.full(n, -1), np.zeros(n), np.zeros(n), np.zeros(n), np.ones(n))
 
-# %% ../../nbs/10_market/13_chain.ipynb #257a35c0
+# %% ../../nbs/10_market/13_chain.ipynb #4d60a6e0
 @njit(cache=True, nogil=True, error_model="numpy")
 def _fill_pairs(s, rows, names, work, rate, pairs):  # type: ignore[no-untyped-def]
     for i in range(rows.start[s], rows.start[s + 1]):
@@ -456,7 +456,7 @@ def _fill_pairs(s, rows, names, work, rate, pairs):  # type: ignore[no-untyped-d
 def _pair_forward(p, pairs):  # type: ignore[no-untyped-def]
     return parity_forward(pairs.strike[p], pairs.call[p], pairs.put[p], pairs.linear[p], pairs.growth[p])
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #7eed35b5
 @njit(cache=True, nogil=True, error_model="numpy")
 def _money(s, lo, hi, pairs):  # type: ignore[no-untyped-def]
     """How many strikes have both marks, and the forward of the one whose marks are nearest."""
@@ -468,7 +468,7 @@ def _money(s, lo, hi, pairs):  # type: ignore[no-untyped-def]
                 nearest, money = abs(pairs.call[p] - pairs.put[p]), _pair_forward(p, pairs)
     return both, money
 
-# %% ../../nbs/10_market/13_chain.ipynb #4d60a6e0
+# %% ../../nbs/10_market/13_chain.ipynb #560cd356
 @njit(cache=True, nogil=True, error_model="numpy")
 def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyped-def]
     """Median parity forward of one expiry, the quoted one's median error, and the spread over strikes."""
@@ -489,7 +489,7 @@ def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyp
     spread = np.median(np.abs(forwards[:n] / middle - 1.0)) if n >= MIN_PAIRS else 0.0
     return middle, error, spread
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #9ea6a8d8
 @njit(cache=True, nogil=True, error_model="numpy")
 def _parity(rows, names, work, rate, pairs):  # type: ignore[no-untyped-def]
     n = pairs.strike.size
@@ -517,7 +517,7 @@ def _mark_fits(mark, forward, strike, t, iv, sign, linear):  # type: ignore[no-u
     model = price_scalar(forward, strike, t, iv, sign)
     return abs((mark if linear else mark * forward) - model) <= MARK_TOLERANCE * model + MARK_FLOOR * forward
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #48d25c6a
 @njit(cache=True, nogil=True, error_model="numpy")
 def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
     for s in range(rows.start.size - 1):
@@ -534,7 +534,7 @@ def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
                 work.counts[s, Count.mark_tested] += 1
                 work.counts[s, Count.mark_inconsistent] += not fits
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #144e7838
 @njit(cache=True, nogil=True, error_model="numpy")
 def _wrong_unit(s, work):  # type: ignore[no-untyped-def]
     """Whether most marks of a snapshot contradict their IVs, or most of its expiries contradict parity."""
@@ -560,7 +560,7 @@ def _choose_forward(quoted, implied, error, mode, counts):  # type: ignore[no-un
         return implied
     return quoted
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #8fea9c9e
 @njit(cache=True, nogil=True, error_model="numpy")
 def _choose_iv(iv, suspect, usd, forward, strike, t, sign, counts):  # type: ignore[no-untyped-def]
     counts[Count.iv_unit_suspect] += suspect and math.isfinite(iv)
@@ -574,7 +574,7 @@ def _choose_iv(iv, suspect, usd, forward, strike, t, sign, counts):  # type: ign
     counts[Count.iv_solved] += 1
     return solved
 
-# %% ../../nbs/10_market/13_chain.ipynb #8fea9c9e
+# %% ../../nbs/10_market/13_chain.ipynb #f57d1605
 @njit(cache=True, nogil=True, error_model="numpy")
 def _resolve(rows, names, work, mode, rate):  # type: ignore[no-untyped-def]
     for s in range(rows.start.size - 1):
@@ -597,7 +597,7 @@ def _resolve(rows, names, work, mode, rate):  # type: ignore[no-untyped-def]
             if not work.iv[i] > 0.0:
                 work.reason[i] = Count.dropped_iv_unsolvable
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #fd2b72a8
 @njit(cache=True, nogil=True, error_model="numpy")
 def _tally(rows, names, work):  # type: ignore[no-untyped-def]
     """Counts that need each row's final verdict."""
@@ -636,7 +636,7 @@ class _Computed(NamedTuple):
     ask_iv: np.ndarray
     mismatch: np.ndarray  # 0 or 1
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #a18b9e99
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
     for j in range(keep.size):
@@ -675,7 +675,7 @@ def _quote_iv(price, given, suspect, solve, usd, forward, strike, t, sign, count
     counts[Count.quote_iv_unsolvable] += why > 2
     return iv
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #08263b99
 @njit(cache=True, nogil=True, error_model="numpy")
 def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
     for j in range(keep.size):
@@ -714,7 +714,7 @@ def _assemble(
         "vega": made.vega, "forward_mismatch": made.mismatch != 0.0, **{name: kept(name) for name in greeks},
     }, copy=False)
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #c941bb6f
 def _snapshot_table(
     frame: pd.DataFrame, rows: _Rows, counts: np.ndarray,
 ) -> pd.DataFrame:

@@ -37,7 +37,7 @@ class DataQualityStatus(StrEnum):
         """As it is shown: OK, DEGRADED, FAILED."""
         return self.value.upper()
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #c6eb6066
 @dataclass(frozen=True)
 class QualityIssue:
     """One thing that is the matter."""
@@ -180,7 +180,7 @@ def _incomplete(missing: int, before: float, after: float) -> list[QualityIssue]
                 "forward, mark, mark IV, expiry or type; check the harvester")
     return [QualityIssue("incomplete", missing, sentence)]
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #02ac5d71
 def assess_snapshot(
     chain: Chain,  # of one snapshot
 ) -> SnapshotQuality:
@@ -214,7 +214,7 @@ class Gap:
         """As in the block `data_quality`."""
         return {"start": self.start.isoformat(), "end": self.end.isoformat(), "hours": round(self.hours, 4), "steps": round(self.steps, 2)}
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #1de6a034
 @dataclass(frozen=True)
 class Coverage:
     """How much of a window its snapshots fill."""
@@ -275,7 +275,7 @@ class DataQuality:
                   "issues": [issue.to_dict() for issue in self.issues]}
         return {name: getattr(self, name) for name in plain} | listed
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #8d7c3673
 def in_window(
     snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
     start: Any,  # inclusive
@@ -312,7 +312,7 @@ def _span(step: pd.Timedelta) -> str:
     minutes = step.total_seconds() / 60
     return f"{minutes / 60:.3g} h" if minutes >= 90 else f"{minutes:.3g} min"
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #82b349ff
 def _coverage_issues(coverage: Coverage, newest: pd.Timestamp, as_of: pd.Timestamp) -> list[QualityIssue]:
     """Holes and age."""
     if coverage.step is None:
@@ -342,7 +342,7 @@ def _nothing(begin: pd.Timestamp, finish: pd.Timestamp, snapshots: int) -> Quali
                 "the data root, the asset and the window")
     return QualityIssue("no_usable_rows" if snapshots else "no_snapshots", snapshots, sentence, "failed")
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #5205d8e8
 def assess_window(
     snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`, concatenated over days; may be empty
     failures: Sequence[Any],  # files that failed: text, with `time` where it is known
