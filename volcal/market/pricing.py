@@ -9,40 +9,57 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 from ..units import DAYS_PER_YEAR, VOL_POINT, PricingError
 
 # %% auto #0
-__all__ = ['KERNEL', 'INLINE', 'SQRT_HALF', 'INV_SQRT_2PI', 'fast_exp', 'fast_log', 'fast_erfcx', 'norm_cdf_scalar',
+__all__ = ['KERNEL', 'INLINE', 'SQRT_HALF', 'INV_SQRT_2PI', 'fma', 'fast_exp', 'fast_log', 'fast_erfcx', 'norm_cdf_scalar',
            'price_scalar', 'call_delta_scalar', 'vega_scalar', 'option_sign', 'as_sign', 'as_columns', 'black76_price',
            'Greeks', 'black76_greeks', 'bs_call_price', 'bs_put_price']
 
 # %% ../../nbs/10_market/11_pricing.ipynb #c1f3dfbb
-KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 INLINE: dict[str, Any] = {**KERNEL, "forceinline": True}
 SQRT_HALF = 0.7071067811865476
 INV_SQRT_2PI = 0.3989422804014327
 
 
+def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z with one rounding, for compiled code only."""
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float64(types.float64, types.float64, types.float64), codegen
+
+
+fma: Any = intrinsic(_fma)
+
+
+@njit(**INLINE)
+def _horner(p: float, x: float, a: float, b: float, c: float, d: float) -> float:
+    """Four more terms of a polynomial, the highest power first."""
+    return fma(fma(fma(fma(p, x, a), x, b), x, c), x, d)
+
+# %% ../../nbs/10_market/11_pricing.ipynb #c0f78320
 @njit(**INLINE)
 def fast_exp(
     x: float,  # any; below -746 the result is 0, above 709.7 it stays there
 ) -> float:
     """e^x: 2^n times a Taylor series of degree 13 on |r| <= ln(2)/2 (reduction as in fdlibm's e_exp.c)."""
     x = min(max(x, -746.0), 709.7)
-    shifted = x * 1.4426950408889634 + 6755399441055744.0  # adding 1.5 * 2^52 rounds to an integer
+    shifted = fma(x, 1.4426950408889634, 6755399441055744.0)  # adding 1.5 * 2^52 rounds to an integer
     n = shifted - 6755399441055744.0
-    r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10
-    p = ((1.6059043836821613e-10 * r + 2.08767569878681e-09) * r + 2.505210838544172e-08) * r + 2.755731922398589e-07
-    p = ((p * r + 2.755731922398589e-06) * r + 2.48015873015873e-05) * r + 1.984126984126984e-04
-    p = ((p * r + 1.388888888888889e-03) * r + 8.333333333333333e-03) * r + 4.1666666666666664e-02
-    p = (((p * r + 1.6666666666666666e-01) * r + 0.5) * r + 1.0) * r + 1.0
+    r = fma(n, -1.90821492927058770002e-10, fma(n, -6.93147180369123816490e-01, x))
+    p = _horner(1.6059043836821613e-10, r, 2.08767569878681e-09, 2.505210838544172e-08, 2.755731922398589e-07, 2.755731922398589e-06)
+    p = _horner(p, r, 2.48015873015873e-05, 1.984126984126984e-04, 1.388888888888889e-03, 8.333333333333333e-03)
+    p = fma(_horner(p, r, 4.1666666666666664e-02, 1.6666666666666666e-01, 0.5, 1.0), r, 1.0)
     power = np.float64(shifted).view(np.int64) - 0x4338000000000000
     half = power >> 1  # two factors, so that subnormal results are right too
     return p * np.int64((half + 1023) << 52).view(np.float64) * np.int64((power - half + 1023) << 52).view(np.float64)
 
-# %% ../../nbs/10_market/11_pricing.ipynb #c0f78320
+# %% ../../nbs/10_market/11_pricing.ipynb #772ee64e
 @njit(**INLINE)
 def fast_log(
     x: float,  # positive, finite, not subnormal; anything else gives a number without meaning
@@ -53,13 +70,14 @@ def fast_log(
     f = np.int64(bits - (exponent << 52)).view(np.float64) - 1.0
     s = f / (2.0 + f)
     z = s * s
-    p = ((1.479819860511658591e-01 * z + 1.531383769920937332e-01) * z + 1.818357216161805012e-01) * z + 2.222219843214978396e-01
-    p = ((p * z + 2.857142874366239149e-01) * z + 3.999999999940941908e-01) * z + 6.666666666666735130e-01
+    p = fma(fma(1.479819860511658591e-01, z, 1.531383769920937332e-01), z, 1.818357216161805012e-01)
+    p = _horner(p, z, 2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01, 6.666666666666735130e-01)
     half = 0.5 * f * f
     n = float(exponent)
-    return n * 6.93147180369123816490e-01 - ((half - (s * (half + p * z) + n * 1.90821492927058770002e-10)) - f)
+    rest = fma(s, fma(p, z, half), n * 1.90821492927058770002e-10)
+    return fma(n, 6.93147180369123816490e-01, -((half - rest) - f))
 
-# %% ../../nbs/10_market/11_pricing.ipynb #772ee64e
+# %% ../../nbs/10_market/11_pricing.ipynb #d8c1cfb2
 @njit(**INLINE)
 def fast_erfcx(
     x: float,  # 0 or more; below 0 the series leaves its domain
@@ -67,14 +85,13 @@ def fast_erfcx(
     """exp(x^2) erfc(x), as a series of degree 22 in (x - 3.75) / (x + 3.75), over 1 + 2 x (Shepherd and Laframboise 1981)."""
     t = (x - 3.75) / (x + 3.75)
     u = t * t
-    a = ((-2.623107347133476e-09 * u + 3.197926671666804e-08) * u - 2.4857126248016745e-07) * u + 1.7419821586224816e-06
-    a = ((a * u - 1.1438048033346894e-05) * u + 5.164652974177416e-05) * u + 0.000293714378044958
-    a = ((a * u - 0.009746579683265262) * u - 0.05869339857664934) * u - 0.10880393014244462
-    a = (a * u + 0.0035854154854790257) * u + 1.2375126308378275
-    b = ((-1.9551358868985616e-09 * u + 1.879082322370048e-08) * u - 5.084465378687302e-08) * u - 9.792625707303523e-07
-    b = ((b * u + 2.2387565714911816e-05) * u - 0.00029015535246077655) * u + 0.0017556261651970652
-    b = (((b * u + 0.02836227737211114) * u + 0.09230432116428125) * u + 0.08227673848999506) * u - 0.14024059858554525
-    return (a + t * b) / (1.0 + 2.0 * x)
+    a = _horner(-2.623107347133476e-09, u, 3.197926671666804e-08, -2.4857126248016745e-07, 1.7419821586224816e-06, -1.1438048033346894e-05)
+    a = _horner(a, u, 5.164652974177416e-05, 0.000293714378044958, -0.009746579683265262, -0.05869339857664934)
+    a = fma(fma(fma(a, u, -0.10880393014244462), u, 0.0035854154854790257), u, 1.2375126308378275)
+    b = _horner(-1.9551358868985616e-09, u, 1.879082322370048e-08, -5.084465378687302e-08, -9.792625707303523e-07, 2.2387565714911816e-05)
+    b = _horner(b, u, -0.00029015535246077655, 0.0017556261651970652, 0.02836227737211114, 0.09230432116428125)
+    b = fma(fma(b, u, 0.08227673848999506), u, -0.14024059858554525)
+    return fma(t, b, a) / (1.0 + 2.0 * x)
 
 # %% ../../nbs/10_market/11_pricing.ipynb #fb6bd1ec
 @njit(**INLINE)
