@@ -56,7 +56,7 @@ def _bachelier_guess(p: float) -> float:
     den = 1.0 - h * (0.65174820867 + h * (1.5120247828 + 6.6437847132e-5 * h))
     return near if p > 0.001882039271 else num / den
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #0100a58b
 @njit(**INLINE)
 def _lognormal_correction(w: float, z: float) -> float:
     """Least-squares polynomial in w = 1 / (1 + |d|) and z = the normal guess of sigma sqrt(t)."""
@@ -82,7 +82,7 @@ def _householder(misfit: float, slope: float, x: float, s: float, side: float) -
     h2, h3 = a - r, c - 3.0 * a * r + 2.0 * r * r
     return newton, newton * (1.0 + 0.5 * h2 * newton) / (1.0 + newton * (h2 + h3 * newton * (1.0 / 6.0)))
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #a423e4c3
 @njit(**INLINE)
 def _one_step(value: float, f: float, k: float) -> tuple[float, float]:
     """sigma sqrt(t) of a time value by guess and one step, and the size of the step; without branches."""
@@ -125,7 +125,7 @@ def _log_ratio(size: float, goal: float) -> float:
     small = ratio < 2.3e-308
     return fast_log(ratio * 18014398509481984.0 if small else ratio) - (37.42994775023705 if small else 0.0)
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #00b3517c
 @njit(**INLINE)
 def _refine(s: float, x: float, most: float, target: float, rest: float, side: float) -> tuple[float, float, float]:
     """Misfit of the logarithm at s, Newton step, Householder step; prices in units of sqrt(f k)."""
@@ -140,7 +140,7 @@ def _refine(s: float, x: float, most: float, target: float, rest: float, side: f
     newton, step = _householder(misfit, e * INV_SQRT_2PI / size, x, s, side)
     return misfit, newton, step
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #4242dc02
 @njit(**INLINE)
 def _own_guess(value: float, f: float, k: float) -> tuple[float, float, float, float, float, float]:
     """A guess of sigma sqrt(t), and the other arguments of `_refine`."""
@@ -153,7 +153,7 @@ def _own_guess(value: float, f: float, k: float) -> tuple[float, float, float, f
     guess = near + math.sqrt(near * near + 2.0 * x) if above else x / _bachelier_guess(max(target / x, 1e-300))
     return guess, x, most, target, rest, (-1.0 if above else 1.0)
 
-# %% ../../nbs/10_market/12_implied.ipynb #00b3517c
+# %% ../../nbs/10_market/12_implied.ipynb #58b88882
 @njit(**INLINE)
 def _three_steps(value: float, f: float, k: float) -> float:
     s, x, most, target, rest, side = _own_guess(value, f, k)
@@ -162,7 +162,7 @@ def _three_steps(value: float, f: float, k: float) -> float:
     _, newton, step = _refine(s, x, most, target, rest, side)
     return s + step if (abs(newton) < 1e-5 * s) & (s < 40.0) else math.nan
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #5be1802b
 @njit(**KERNEL)
 def _bracketed(value: float, f: float, k: float) -> float:
     """sigma sqrt(t) of any time value strictly between 0 and min(f, k); NaN if 100 steps do not settle it."""
@@ -194,7 +194,7 @@ def _diagnose(price: float, f: float, k: float, t: float, sign: float) -> tuple[
         return BELOW, value
     return (ABOVE if min(f, k) - value <= RESOLUTION * price else OK), value
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #10dcff53
 @njit(**KERNEL)
 def implied_vol_scalar(
     price: float,  # USD, undiscounted
@@ -220,7 +220,7 @@ def _fast_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any) -> None:
     for i in range(iv.size):
         iv[i] = _fast_path(price[i], f[i], k[i], t[i], sign[i])
 
-
+# %% ../../nbs/10_market/12_implied.ipynb #ea274539
 @njit(**KERNEL)
 def _slow_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any, left: Any, work: Any) -> None:
     count = 0

@@ -25,7 +25,7 @@ INLINE: dict[str, Any] = {**KERNEL, "forceinline": True}
 SQRT_HALF = 0.7071067811865476
 INV_SQRT_2PI = 0.3989422804014327
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #83e18aff
 def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z with one rounding, for compiled code only."""
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -112,7 +112,7 @@ def _black(f: float, k: float, s: float) -> tuple[float, float, float, float]:
     some = s > 1e-100
     return (value if some else 0.0), (e * INV_SQRT_2PI if some else 0.0), (up if some else flat), (down if some else 1.0 - flat)
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #9b5e999b
 @njit(**INLINE)
 def _valid(f: float, k: float, t: float, iv: float) -> bool:
     inf = math.inf
@@ -207,7 +207,7 @@ def _arguments(f: Any, k: Any, t: Any, iv: Any, kind: Any, r: Any) -> tuple[tupl
     shape, columns = as_columns(**named, r=r)
     return shape, columns[:5], columns[5]
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #1d2828f8
 def black76_price(
     forward: Any,  # forward of the option's own expiry, USD
     strike: Any,  # USD
@@ -234,7 +234,7 @@ class Greeks(NamedTuple):
     vega: np.ndarray  # USD per vol point, discounted
     theta: np.ndarray  # USD per day, discounted
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #6ee612c9
 @njit(**KERNEL)
 def _greeks_loop(f: Any, k: Any, t: Any, iv: Any, sign: Any, price: Any, delta: Any, gamma: Any, vega: Any, theta: Any) -> None:
     for i in range(price.size):
