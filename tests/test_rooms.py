@@ -17,10 +17,10 @@ def default_export(notebook: Path) -> str | None:
     return None
 
 
-def room_order() -> dict[str, int]:
-    """Exported module to room number; the number is the notebook's file prefix."""
-    notebooks = [p for p in sorted((ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb")) if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts):])]
-    return {"volcal." + module: int(p.name[:2]) for p in notebooks if (module := default_export(p))}
+def room_order() -> dict[str, str]:
+    """Exported module to room number; the number is the notebook's file prefix, 35b after 35."""
+    notebooks = [p for p in sorted((ROOT / "nbs").rglob("[0-9][0-9]*_*.ipynb")) if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts):])]
+    return {"volcal." + module: p.name.split("_")[0] for p in notebooks if (module := default_export(p))}
 
 
 def imported_modules(path: Path, module: str) -> set[str]:
@@ -37,7 +37,7 @@ def imported_modules(path: Path, module: str) -> set[str]:
     return found
 
 
-def upward(importer: str, imported: set[str], order: dict[str, int]) -> list[str]:
+def upward(importer: str, imported: set[str], order: dict[str, str]) -> list[str]:
     """Imports of a room that is not lower than the importer's own."""
     return [f"{importer} ({order[importer]}) imports {m} ({order[m]})" for m in sorted(imported) if m in order and m != importer and order[m] >= order[importer]]
 
@@ -57,7 +57,7 @@ def test_no_import_runs_up_the_rooms():
 def test_an_upward_import_is_seen(tmp_path, source):
     file = tmp_path / "chain.py"
     file.write_text(source)
-    order = {"volcal.market.chain": 13, "volcal.ops.cli": 53}
+    order = {"volcal.market.chain": "13", "volcal.ops.cli": "53"}
     assert upward("volcal.market.chain", imported_modules(file, "volcal.market.chain"), order)
 
 

@@ -22,9 +22,20 @@ GOOD = "#009E73"
 WARN = "#E69F00"
 CYCLE = (RECOMMENDED, SYNTHETIC, GOOD, BAD, "#56B4E9", WARN, MARKET)
 STYLE: dict[str, Any] = {
-    "figure.dpi": 100, "figure.constrained_layout.use": True, "font.size": 9.5, "axes.titlesize": 10.5, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7,
-    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.6, "image.cmap": "cividis",
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "image.cmap": "cividis",
 }
 
 # %% ../nbs/00_foundation/02_plots.ipynb #60a7a52f
@@ -39,6 +50,8 @@ def figure(
     import matplotlib.pyplot as plt
     from cycler import cycler
 
+    if not plt.isinteractive():  # a notebook's backend loads late, and its interactive mode would be lost with the context
+        plt.switch_backend(plt.get_backend())
     with plt.rc_context({**STYLE, "axes.prop_cycle": cycler(color=CYCLE)}):
         fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)
     return fig, axes

@@ -48,7 +48,9 @@ class Settings(BaseSettings):
     guardrail_max_multiplier: float = Field(1.6, description="a multiplier at or above this fails")
     guardrail_max_vega_weighted_mae_pct: float = Field(200.0, description="a vega-weighted MAE above this fails, percent")
     guardrail_max_mae_pct: float = Field(400.0, description="a MAE above this fails, percent")
-    guardrail_degraded_vega_weighted_mae_pct: float = Field(30.0, description="in the job, a vega-weighted MAE above this degrades, percent")
+    guardrail_degraded_vega_weighted_mae_pct: float = Field(
+        30.0, description="in the job, a vega-weighted MAE above this degrades, percent"
+    )
     guardrail_degraded_rv_stderr: float = Field(0.15, description="in the job, a relative standard error of RV above this degrades")
     guardrail_degraded_min_samples: int = Field(50, description="in the job, fewer samples than this degrade")
 

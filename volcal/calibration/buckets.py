@@ -32,6 +32,7 @@ def bucket_names(
     edges: list[float],
 ) -> list[str]:
     """`dte_0_7`, `abs_delta_0.25_0.40`, ..."""
+
     def text(x: float) -> str:
         return f"{x:.2f}" if prefix == "abs_delta" else f"{x:g}"
 
@@ -67,7 +68,7 @@ def group_layout(
     regimes: tuple[str, ...] = (),  # names of the regimes that label snapshots
 ) -> GroupLayout:
     """Every group that this config reports."""
-    types = list(config.option_types)
+    types: list[str] = [*config.option_types]
     parts: dict[str, list[str]] = {"headline": ["all"], "type": types, "weekday": WEEKDAYS, "regime": list(regimes)}
     parts["term"] = [f"term_{low:g}_{high:g}" for low, high in zip(TERM_EDGES, TERM_EDGES[1:])]
     dte = bucket_names("dte", config.bucket_by_dte) if config.bucket_by_dte else []
@@ -90,7 +91,10 @@ def group_labels(
     kind = np.where(columns["sign"] > 0, 0, 1)
     type_number = np.array([layout.partitions["type"].index(t) if t in layout.partitions["type"] else -1 for t in ("C", "P")])[kind]
     numbers: dict[str, np.ndarray] = {
-        "headline": np.zeros(dte.size, dtype=np.int32), "type": type_number, "weekday": columns["weekday"], "regime": columns["regime"],
+        "headline": np.zeros(dte.size, dtype=np.int32),
+        "type": type_number,
+        "weekday": columns["weekday"],
+        "regime": columns["regime"],
         "term": bucket_of(dte, TERM_EDGES),
     }
     if config.bucket_by_dte:

@@ -96,7 +96,9 @@ def stratified_sample(
     rank, size = _ranks(stratum[rows])
     start = (keys[rows[np.arange(rows.size) - rank]] & np.uint64(0xFFFFF)).astype(np.float64) / 2**20
     share = ((rank + start) / size * 2**26).astype(np.uint64)
-    order = np.argsort((snapshot[rows].astype(np.uint64) << np.uint64(40)) | (share << np.uint64(14)) | (keys[rows] >> np.uint64(50)), kind="stable")
+    order = np.argsort(
+        (snapshot[rows].astype(np.uint64) << np.uint64(40)) | (share << np.uint64(14)) | (keys[rows] >> np.uint64(50)), kind="stable"
+    )
     rows = rows[order]
     out = np.zeros(keep.size, dtype=bool)
     out[rows[_ranks(snapshot[rows])[0] < cap]] = True

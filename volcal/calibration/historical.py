@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 
 from .config import CalibrationConfig, HarvestConfig, load_config
-from .engine import Plan, Source, Sums, add_sums, chain_sums, empty_sums, finish, make_plan, stacked
+from .engine import Source, finish
 from .result import CalibrationResult
+from .sums import Plan, Sums, add_sums, chain_sums, empty_sums, make_plan, stacked
 from ..market.chain import Chain, normalize_chain
 from ..market.quality import DataQuality, assess_window
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
@@ -34,17 +35,21 @@ __all__ = ['log', 'PRICE_COLUMNS', 'window_refs', 'snapshot_prices', 'window_pri
            'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
-def window_refs(
-    store: Store,
-    harvest: HarvestConfig,
-) -> list[SnapshotRef]:
+def window_refs(store: Store, harvest: HarvestConfig) -> list[SnapshotRef]:
     """Snapshots of the window, thinned. Raises `NoUsableDataError` where there is none, naming what there is."""
-    refs = store.find(harvest.underlying, harvest.start_time, harvest.end_time)
+    asset = str(harvest.underlying)
+    refs = store.find(asset, harvest.start_time, harvest.end_time)
     if not refs:
-        known = store.find(harvest.underlying) if harvest.underlying in store.assets() else []
-        has = f"it has {len(known)} snapshots from {known[0].time:%Y-%m-%d %H:%M} to {known[-1].time:%Y-%m-%d %H:%M}" if known else f"its assets are {store.assets()}"
-        raise NoUsableDataError(f"no snapshot of {harvest.underlying} in {harvest.data_root} between {harvest.start_time or 'the oldest'} and {harvest.end_time or 'the newest'}, "
-                                f"so nothing was calibrated; {has}; choose another window, asset or root")
+        known = store.find(asset) if asset in store.assets() else []
+        has = (
+            f"it has {len(known)} snapshots from {known[0].time:%Y-%m-%d %H:%M} to {known[-1].time:%Y-%m-%d %H:%M}"
+            if known
+            else f"its assets are {store.assets()}"
+        )
+        raise NoUsableDataError(
+            f"no snapshot of {harvest.underlying} in {harvest.data_root} between {harvest.start_time or 'the oldest'} and {harvest.end_time or 'the newest'}, "
+            f"so nothing was calibrated; {has}; choose another window, asset or root"
+        )
     return select_snapshots(refs, harvest.snapshot_step, harvest.max_snapshots or None)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #f585ee11
@@ -59,7 +64,7 @@ def snapshot_prices(
     """Index price and forwards of each snapshot: medians over its rows. Unreadable files are left to pass 1 to count."""
     index, forwards = [], []
     for start in range(0, len(refs), batch_size):
-        batch = store.read_batch(refs[start:start + batch_size], columns=PRICE_COLUMNS)
+        batch = store.read_batch(refs[start : start + batch_size], columns=PRICE_COLUMNS)
         frame = batch.frame.assign(time_ns=batch.frame["harvest_time"].array.asi8)
         frame = frame[frame["harvest_time"].notna()]
         if frame.empty:
@@ -69,7 +74,16 @@ def snapshot_prices(
         index.append(pd.DataFrame({"time_ns": last, "index_price": median}))
         dated = frame[frame["expiry"].notna() & (frame["underlying_price"] > 0)]
         by_expiry = dated.groupby(["snapshot", "expiry"])["underlying_price"].median().reset_index()
-        forwards.append(pd.DataFrame({"time_ns": last.reindex(by_expiry["snapshot"]).to_numpy(), "expiry_ns": by_expiry["expiry"].array.asi8, "forward": by_expiry["underlying_price"]}))
+        forwards.append(
+            pd.DataFrame(
+                {
+                    "time_ns": last.reindex(by_expiry["snapshot"]).to_numpy(),
+                    "expiry_ns": by_expiry["expiry"].array.asi8,
+                    "forward": by_expiry["underlying_price"],
+                }
+            )
+        )
+
     def joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({c: [] for c in columns})
 
@@ -90,7 +104,9 @@ def window_prices(
             return choose_price_series(explicit, history, **span)
         except NoUsableDataError:
             log.info("prices: no candles serve the window, the snapshots are read for prices")
-    index, forwards = snapshot_prices(store, store.find(refs[0].asset, harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time))
+    index, forwards = snapshot_prices(
+        store, store.find(refs[0].asset, harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time)
+    )
     return choose_price_series(explicit, history, tuple(index[c] for c in index), tuple(forwards[c] for c in forwards), **span)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #76d1b797
@@ -113,9 +129,7 @@ class DayResult:
     failures: list[SchemaFailure]
 
 
-def read_day(
-    task: DayTask,
-) -> RawBatch:
+def read_day(task: DayTask) -> RawBatch:
     """The snapshots of a day, as they were harvested."""
     harvest = task.plan.config.harvest
     assert harvest is not None
@@ -123,8 +137,7 @@ def read_day(
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #269c9140
 def day_chain(
-    task: DayTask,
-    batch: RawBatch,
+    task: DayTask, batch: RawBatch
 ) -> tuple[Chain, np.ndarray, Counter]:  # chain; position in task.refs of each of its snapshots; events
     """The normalised chain of a day, without rows harvested outside the window."""
     config, harvest = task.plan.config, task.plan.config.harvest
@@ -134,7 +147,13 @@ def day_chain(
     chain = normalize_chain(frame, forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
     place = {ref.time: number for number, ref in enumerate(task.refs)}
     where = np.array([place[batch.refs[int(s)].time] for s in chain.snapshots["snapshot"]], dtype=np.int64)
-    events.update({name: count for name, count in chain.counts.items() if name not in ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")})
+    events.update(
+        {
+            name: count
+            for name, count in chain.counts.items()
+            if name not in ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
+        }
+    )
     return chain, where, events
 
 
@@ -178,7 +197,9 @@ def split_days(
     """One task per UTC day, in order."""
     days = list(group_by_day(refs).values())
     ends = np.cumsum([len(day) for day in days])
-    return [DayTask(root, day, rv[b - len(day):b], None if regime is None else regime[b - len(day):b], plan) for day, b in zip(days, ends)]
+    return [
+        DayTask(root, day, rv[b - len(day) : b], None if regime is None else regime[b - len(day) : b], plan) for day, b in zip(days, ends)
+    ]
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #e74b169d
 def _early_tasks(tasks: list[DayTask], boundary: pd.Timestamp) -> dict[int, DayTask | None]:
@@ -189,7 +210,9 @@ def _early_tasks(tasks: list[DayTask], boundary: pd.Timestamp) -> dict[int, DayT
         if len(early) == len(task.refs):
             out[number] = None
         elif early:
-            out[number] = DayTask(task.root, [task.refs[i] for i in early], task.rv[early], None if task.regime is None else task.regime[early], task.plan)
+            out[number] = DayTask(
+                task.root, [task.refs[i] for i in early], task.rv[early], None if task.regime is None else task.regime[early], task.plan
+            )
     return out
 
 
@@ -213,9 +236,7 @@ def _files_hash(refs: list[SnapshotRef], store: Store) -> str:
 
 
 def trusted_rv(
-    series: PriceSeries | None,
-    refs: list[SnapshotRef],
-    config: CalibrationConfig,
+    series: PriceSeries | None, refs: list[SnapshotRef], config: CalibrationConfig
 ) -> tuple[np.ndarray, RealizedVol | None]:  # (refs,) rv, NaN where it is not trusted; what it rests on
     """Realized vol at the minute of each snapshot, from prices up to it."""
     times = np.array([ref.time.value for ref in refs], dtype=np.int64)
@@ -233,7 +254,9 @@ def run_historical_calibration_from_harvest(
     """Calibrate a window of a harvest. Raises `ConfigError`, `StoreError` or `NoUsableDataError`."""
     config = load_config(config)
     if config.harvest is None:
-        raise ConfigError("the config has no harvest section, so there is no window to read; add harvest: {data_root: ..., start_time: ..., end_time: ...}")
+        raise ConfigError(
+            "the config has no harvest section, so there is no window to read; add harvest: {data_root: ..., start_time: ..., end_time: ...}"
+        )
     store, harvest = Store(config.harvest.data_root), config.harvest
     refs = window_refs(store, harvest)
     series, notes = _prices_or_note(store, harvest, refs)
@@ -246,11 +269,20 @@ def run_historical_calibration_from_harvest(
     boundary = _boundary(refs, config.validation_fraction)
     sums, early, failures = _reduce(tasks, executor, plan, boundary, progress)
     quality = _quality(sums, failures, harvest, refs)
-    events = Counter({"snapshots_without_trusted_rv": untrusted, "default_iv_used": 0 if some else len(refs), "schema_failures": len(failures)})
+    events = Counter(
+        {"snapshots_without_trusted_rv": untrusted, "default_iv_used": 0 if some else len(refs), "schema_failures": len(failures)}
+    )
     stderr = basis.stderr[np.flatnonzero(np.isfinite(rv))[-1]] if some and basis is not None else None
     source = Source(
-        "harvested", as_of=refs[-1].time.to_pydatetime(), rv_source=series.source if some and series is not None else f"default_iv = {config.default_iv:g}", rv_stderr=stderr, rv_trusted=some,
-        data_quality=_degrade(quality, not some, notes), files_hash=_files_hash(refs, store), events=events, notes=tuple(notes),
+        "harvested",
+        as_of=refs[-1].time.to_pydatetime(),
+        rv_source=series.source if some and series is not None else f"default_iv = {config.default_iv:g}",
+        rv_stderr=stderr,
+        rv_trusted=some,
+        data_quality=_degrade(quality, not some, notes),
+        files_hash=_files_hash(refs, store),
+        events=events,
+        notes=tuple(notes),
         harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
     )
     return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))
@@ -267,17 +299,22 @@ def _prices_or_note(store: Store, harvest: HarvestConfig, refs: list[SnapshotRef
 
 def _rv_note(config: CalibrationConfig, basis: RealizedVol | None, untrusted: int, total: int, series: PriceSeries | None) -> str:
     """Why RV is not trusted, in numbers, and what serves instead."""
-    served = "these snapshots are left out of everything that rests on RV" if untrusted < total else f"default_iv = {config.default_iv:g} is used throughout"
+    left_out = "these snapshots are left out of everything that rests on RV"
+    served = left_out if untrusted < total else f"default_iv = {config.default_iv:g} is used throughout"
     remedy = "pass harvest.price_history, backfill candles, or lower min_rv_coverage or min_rv_n_eff"
-    if basis is None:
+    if basis is None or series is None:
         return f"RV of {untrusted} of {total} snapshots is not trusted: there are no prices; {served}; {remedy}"
-    best = int(np.argmax(basis.n_eff))
-    return (f"RV of {untrusted} of {total} snapshots is not trusted: of the {config.rv_window_days:g}-day window at best {basis.covered_days.max():.1f} days are covered "
-            f"(at least {config.min_rv_coverage:.0%} needed) and the effective number of returns is at best {basis.n_eff[best]:.1f} (at least {config.min_rv_n_eff:g} needed, "
-            f"largest gap {basis.largest_gap_days.max() * 24:.0f} h, prices from {series.source if series else 'nowhere'}); {served}; {remedy}")
+    return (
+        f"RV of {untrusted} of {total} snapshots is not trusted: of the {config.rv_window_days:g}-day window at best "
+        f"{basis.covered_days.max():.1f} days are covered (at least {config.min_rv_coverage:.0%} needed) and the effective number of returns "
+        f"is at best {basis.n_eff.max():.1f} (at least {config.min_rv_n_eff:g} needed, largest gap {basis.largest_gap_days.max() * 24:.0f} h, "
+        f"prices from {series.source}); {served}; {remedy}"
+    )
 
 
-def _reduce(tasks: list[DayTask], executor: Executor | None, plan: Plan, boundary: pd.Timestamp | None, progress: Callable[[int, int], None] | None) -> tuple[Sums, Sums | None, list[SchemaFailure]]:
+def _reduce(
+    tasks: list[DayTask], executor: Executor | None, plan: Plan, boundary: pd.Timestamp | None, progress: Callable[[int, int], None] | None
+) -> tuple[Sums, Sums | None, list[SchemaFailure]]:
     """Add the days up in date order; and those of the earlier part, where one is wanted."""
     add = functools.partial(add_sums, keep_all=plan.config.exact_metrics)
     sums, early = empty_sums(plan.layout), empty_sums(plan.layout) if boundary is not None else None

@@ -53,8 +53,25 @@ def residuals(
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #be93f34a
 SUM_COLUMNS = (
-    "count", "abs_pct", "pct", "abs_iv", "iv", "vega", "vega_abs_pct", "vega_abs_iv", "two_sided", "inside", "mark_iv", "synthetic_iv",
-    "rv", "vega_mark_iv", "vega_rv", "vega_atm", "vega_rv_atm", "vega_over_forward", "over_10_pct",
+    "count",
+    "abs_pct",
+    "pct",
+    "abs_iv",
+    "iv",
+    "vega",
+    "vega_abs_pct",
+    "vega_abs_iv",
+    "two_sided",
+    "inside",
+    "mark_iv",
+    "synthetic_iv",
+    "rv",
+    "vega_mark_iv",
+    "vega_rv",
+    "vega_atm",
+    "vega_rv_atm",
+    "vega_over_forward",
+    "over_10_pct",
 )
 COL = {name: number for number, name in enumerate(SUM_COLUMNS)}
 BIG_ERROR_PCT = 10.0
@@ -97,10 +114,7 @@ def accumulate(labels, pct_error, iv_error, price, vega, bid, ask, mark_iv, synt
             s[18] += 1.0 if abs(e) > BIG_ERROR_PCT else 0.0
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #ab67cf61
-def ratio(
-    numerator: float,
-    denominator: float,
-) -> float:  # NaN where the denominator is not positive
+def ratio(numerator: float, denominator: float) -> float:  # NaN where the denominator is not positive
     """A ratio of sums; nothing divided by nothing is not a number."""
     return float(numerator / denominator) if denominator > 0 else float("nan")
 

@@ -78,10 +78,13 @@ class FittedSkew:
     def surface(self, base: SkewSurface) -> SkewSurface:
         """`base` with the fitted ratios in place of its own; missing anchors are left out."""
         sides = {side: {d: r for d, r in table.items() if d in ANCHOR_DELTAS and math.isfinite(r)} for side, table in self.by_side.items()}
-        return base.model_copy(update={
-            "anchor_ratios": {d: r for d, r in self.pooled.items() if d in ANCHOR_DELTAS and math.isfinite(r)} or None,
-            "anchor_ratios_by_side": sides, "smile_ratios": {c: r for c, r in self.smile().items() if math.isfinite(r)} or None,
-        })
+        return base.model_copy(
+            update={
+                "anchor_ratios": {d: r for d, r in self.pooled.items() if d in ANCHOR_DELTAS and math.isfinite(r)} or None,
+                "anchor_ratios_by_side": sides,
+                "smile_ratios": {c: r for c, r in self.smile().items() if math.isfinite(r)} or None,
+            }
+        )
 
     def smile(self) -> dict[float, float]:
         """Ratios beyond the anchors, by call delta, ascending."""

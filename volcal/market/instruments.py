@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any
 
@@ -53,7 +53,7 @@ def parse_instrument(
         raise InstrumentNameError(f"{name!r} is not an option name; the form is {NAME_FORM}")
     asset, day, month, year, strike_text, option_type = match.groups()
     try:
-        expiry = datetime(2000 + int(year), MONTHS.index(month) + 1, int(day), EXPIRY_HOUR_UTC, tzinfo=timezone.utc)
+        expiry = datetime(2000 + int(year), MONTHS.index(month) + 1, int(day), EXPIRY_HOUR_UTC, tzinfo=UTC)
     except ValueError as error:
         raise InstrumentNameError(f"{name!r} has no such date as {day}{month}{year}; the form is {NAME_FORM}") from error
     strike = float(strike_text.replace("d", "."))
@@ -92,8 +92,13 @@ def parse_instruments(
     """Read many names; `error` is the message where a name cannot be read, else empty."""
     rows = [_parsed_row(name) if isinstance(name, str) else _parsed_row(repr(name)) for name in names]
     asset, settlement, expiry, strike, option_type, error = zip(*rows) if rows else ((),) * 6
-    return pd.DataFrame({
-        "asset": pd.array(asset, dtype=object), "settlement": pd.array(settlement, dtype=object),
-        "expiry": pd.DatetimeIndex(np.array(expiry, dtype="datetime64[ns]"), tz="UTC"), "strike": np.array(strike, dtype=np.float64),
-        "option_type": pd.array(option_type, dtype=object), "error": pd.array(error, dtype=object),
-    })
+    return pd.DataFrame(
+        {
+            "asset": pd.array(asset, dtype=object),
+            "settlement": pd.array(settlement, dtype=object),
+            "expiry": pd.DatetimeIndex(np.array(expiry, dtype="datetime64[ns]"), tz="UTC"),
+            "strike": np.array(strike, dtype=np.float64),
+            "option_type": pd.array(option_type, dtype=object),
+            "error": pd.array(error, dtype=object),
+        }
+    )

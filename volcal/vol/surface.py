@@ -36,7 +36,9 @@ class DteBand(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> DteBand:
         if self.min_dte >= self.max_dte:
-            raise ValueError(f"band {self.name!r} runs from {self.min_dte} to {self.max_dte} days, so it holds nothing; give min_dte < max_dte")
+            raise ValueError(
+                f"band {self.name!r} runs from {self.min_dte} to {self.max_dte} days, so it holds nothing; give min_dte < max_dte"
+            )
         return self
 
 # %% ../../nbs/20_vol/25_surface.ipynb #963cb07a
@@ -45,10 +47,16 @@ class SkewSurface(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     enabled: bool = Field(default_factory=lambda: get_settings().synthetic_skew_enabled, description="whether skew applies at all")
-    min_dte: float = Field(default_factory=lambda: get_settings().synthetic_skew_min_dte, ge=0, description="first day to expiry with skew, inclusive")
-    max_dte: float = Field(default_factory=lambda: get_settings().synthetic_skew_max_dte, gt=0, description="last day to expiry with skew, inclusive")
+    min_dte: float = Field(
+        default_factory=lambda: get_settings().synthetic_skew_min_dte, ge=0, description="first day to expiry with skew, inclusive"
+    )
+    max_dte: float = Field(
+        default_factory=lambda: get_settings().synthetic_skew_max_dte, gt=0, description="last day to expiry with skew, inclusive"
+    )
     anchor_ratios: dict[float, float] | None = Field(None, description="ratio at each absolute delta, both sides alike")
-    anchor_ratios_by_side: dict[Literal["call", "put"], dict[float, float]] | None = Field(None, description="ratio at each absolute delta per side; preferred")
+    anchor_ratios_by_side: dict[Literal["call", "put"], dict[float, float]] | None = Field(
+        None, description="ratio at each absolute delta per side; preferred"
+    )
     call_premium_ratios: dict[Literal["call", "put"], dict[float, float]] | None = Field(None, description="template of call-heavy regimes")
     smile_ratios: dict[float, float] | None = Field(None, description="ratio at call deltas beyond the outermost anchors")
 
@@ -79,10 +87,16 @@ class VolSurface(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     iv_mode: Literal["fixed", "rv_window"] = Field("rv_window", description="level from `fixed_iv`, or from realized vol")
     fixed_iv: float | None = Field(None, gt=0, description="level in mode `fixed`, decimal; takes the place of realized vol")
-    rv_window_days: float = Field(default_factory=lambda: get_settings().synthetic_rv_window_days, gt=0, description="window of the realized vol, days")
-    iv_multiplier: float = Field(default_factory=lambda: get_settings().synthetic_iv_multiplier, gt=0, description="multiplier outside every band")
+    rv_window_days: float = Field(
+        default_factory=lambda: get_settings().synthetic_rv_window_days, gt=0, description="window of the realized vol, days"
+    )
+    iv_multiplier: float = Field(
+        default_factory=lambda: get_settings().synthetic_iv_multiplier, gt=0, description="multiplier outside every band"
+    )
     dte_bands: tuple[DteBand, ...] = Field((), description="term bands; the first that contains the DTE counts")
-    term_multipliers: dict[float, float] | None = Field(None, description="multiplier at DTE nodes, interpolated in total variance; instead of bands")
+    term_multipliers: dict[float, float] | None = Field(
+        None, description="multiplier at DTE nodes, interpolated in total variance; instead of bands"
+    )
     skew: SkewSurface = Field(default_factory=template_skew, description="ratios by delta")
     use_regime_vrp: bool = Field(False, description="add the active regime's volatility risk premium")
 
@@ -123,7 +137,9 @@ def skew_nodes(
 ) -> tuple[np.ndarray, np.ndarray]:  # call deltas ascending, ratios; the node at the money is not among them
     """Nodes of the ratio by call delta. Raises `ConfigError` for a call-heavy mode without its template."""
     if mode == "call_heavy" and not skew.call_premium_ratios:
-        raise ConfigError("skew mode 'call_heavy' needs call_premium_ratios, which this surface lacks, so nothing was priced; add them to skew")
+        raise ConfigError(
+            "skew mode 'call_heavy' needs call_premium_ratios, which this surface lacks, so nothing was priced; add them to skew"
+        )
     sides = skew.call_premium_ratios if mode == "call_heavy" else skew.anchor_ratios_by_side
     pooled = skew.anchor_ratios or {}
     call, put = ((sides or {}).get("call", pooled), (sides or {}).get("put", pooled))
@@ -229,9 +245,13 @@ def get_synthetic_iv(
 ) -> np.ndarray:  # (n,) at-the-money IV, decimal
     """Level of the surface, realized vol x multiplier. Raises `PricingError` where shapes clash."""
     try:
-        level, days = np.broadcast_arrays(np.asarray(surface.fixed_iv if surface.iv_mode == "fixed" else rv, dtype=np.float64), np.asarray(dte, dtype=np.float64))
+        level, days = np.broadcast_arrays(
+            np.asarray(surface.fixed_iv if surface.iv_mode == "fixed" else rv, dtype=np.float64), np.asarray(dte, dtype=np.float64)
+        )
     except ValueError as error:
-        raise PricingError(f"rv and dte have shapes {np.shape(rv)} and {np.shape(dte)}, which do not broadcast, so nothing was priced") from error
+        raise PricingError(
+            f"rv and dte have shapes {np.shape(rv)} and {np.shape(dte)}, which do not broadcast, so nothing was priced"
+        ) from error
     return level * effective_multiplier(surface, days.ravel(), underlying).reshape(days.shape)
 
 # %% ../../nbs/20_vol/25_surface.ipynb #4d027cb8
@@ -247,11 +267,13 @@ def compute_synthetic_iv_with_skew(
     try:
         rv_, f, k, days = (np.asarray(x, dtype=np.float64) for x in np.broadcast_arrays(rv, forward, strike, dte))
     except ValueError as error:
-        raise PricingError(f"rv, forward, strike and dte have shapes {[np.shape(x) for x in (rv, forward, strike, dte)]}, which do not broadcast, so nothing was priced") from error
+        raise PricingError(
+            f"rv, forward, strike and dte have shapes {[np.shape(x) for x in (rv, forward, strike, dte)]}, which do not broadcast, so nothing was priced"
+        ) from error
     level = get_synthetic_iv(surface, rv_, days, underlying)
     if not surface.skew.enabled:
         return level
     out = np.empty(level.size)
     flat = [np.ascontiguousarray(x).ravel() for x in (level, f, k, days / 365.0, days)]
-    skewed_iv_kernel(*flat, surface.skew.min_dte, surface.skew.max_dte, *skew_nodes(surface.skew), out)
+    skewed_iv_kernel(*flat, surface.skew.min_dte, surface.skew.max_dte, *skew_nodes(surface.skew), out)  # type: ignore[call-arg]
     return out.reshape(level.shape)
