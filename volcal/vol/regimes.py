@@ -5,16 +5,32 @@
 # %% ../../nbs/20_vol/23_regimes.ipynb #40eabe32
 from __future__ import annotations
 
+import json
+import logging
 import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..units import ConfigError
+from ..units import DAYS_PER_YEAR, NS_PER_DAY, NS_PER_YEAR, ConfigError, FitError, epoch_ns, to_utc
+from volcal.vol.clusters import (
+    Ar1, Clusters, Method, assign, bootstrap_agreement, choose_k, cluster_scores, fit_ar1, fit_clusters, judge_k, linked_pairs,
+    smoothed_transitions, transition_counts, visit_counts,
+)
+
+log = logging.getLogger("volcal.regimes")
 
 # %% auto #0
-__all__ = ['SkewMode', 'RegimeParams', 'transition_matrix']
+__all__ = ['log', 'SkewMode', 'DEFAULT_DURATION', 'DEFAULT_FEATURES', 'FORMAT', 'RegimeParams', 'transition_matrix',
+           'rescale_transitions', 'rescale_ar1', 'step_ns', 'named_transitions', 'RegimeModel', 'load_regime_model',
+           'from_older_shape', 'RegimeState', 'create_regime_state', 'step_regime_state', 'regime_names', 'fit_regimes',
+           'sample_sensors']
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #f60ba603
 SkewMode = Literal["put_heavy", "call_heavy", "neutral"]
@@ -23,31 +39,48 @@ SkewMode = Literal["put_heavy", "call_heavy", "neutral"]
 class RegimeParams(BaseModel):
     """One kind of market."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str = Field(min_length=1, description="name, e.g. calm_rich_vol")
     weight: float = Field(1.0, ge=0, description="share of time, or odds of being entered where no transitions are given")
-    drift: float = Field(0.0, description="expected log growth of spot per year, decimal, before -vol^2/2")
+    drift: float = Field(0.0, description="expected growth of spot per year, decimal")
     vol: float | None = Field(None, gt=0, description="realized volatility of spot, decimal per year")
     vrp: float = Field(0.0, description="volatility risk premium: IV - RV, decimal; added where the surface says so")
     iv_multiplier: float | None = Field(None, gt=0, description="multiplier on realized vol while the regime is active")
-    iv_multiplier_by_band: dict[str, float] = Field(default_factory=dict, description="multiplier per term band, by the band's name")
+    iv_multiplier_by_band: dict[str, float] = Field(default_factory=dict, description="the same inside a term band, by the band's name")
     skew_mode: SkewMode = Field("put_heavy", description="which skew template holds")
     skew_scale: float = Field(1.0, description="slope of (ratio - 1) on the template's")
-    skew_anchor_ratios: dict[float, float] | None = Field(None, description="pooled ratio at each absolute delta, as measured")
+    skew_anchor_ratios: dict[float, float] | None = Field(None, description="ratio at each absolute delta in this regime, as measured")
     sensor_means: dict[str, float] = Field(default_factory=dict, description="mean of each sensor")
     sensor_stds: dict[str, float] = Field(default_factory=dict, description="standard deviation of each sensor")
-    mean_duration: float | None = Field(None, gt=1, description="steps that a visit lasts on average")
+    mean_duration: float | None = Field(None, ge=1, description="steps that a visit lasts on average")
     phi_iv: float = Field(0.0, gt=-1, lt=1, description="first autocorrelation of x = ln(IV / (RV m)) per step")
     sigma_iv: float = Field(0.0, ge=0, description="standard deviation of the innovation of x per step")
     phi_skew: float = Field(0.0, gt=-1, lt=1, description="first autocorrelation of the skew's deviation per step")
-    sigma_skew: float = Field(0.0, ge=0, description="standard deviation of the skew's innovation per step")
+    sigma_skew: float = Field(0.0, ge=0, description="standard deviation of the innovation of the 25-delta skew over ATM IV per step")
     spot_iv_corr: float = Field(0.0, ge=-1, le=1, description="correlation of the return with the innovation of x")
     calibrated_iv_multiplier: float | None = Field(None, gt=0, description="multiplier from a calibration; goes before iv_multiplier")
     calibrated_skew_scale: float | None = Field(None, description="skew scale from a calibration; goes before skew_scale")
 
+    @property
+    def active_skew_scale(self) -> float:  # the calibrated one if set
+        return self.skew_scale if self.calibrated_skew_scale is None else self.calibrated_skew_scale
+
+    @property
+    def stationary_iv(self) -> float:  # standard deviation of x
+        return self.sigma_iv / math.sqrt(1.0 - self.phi_iv**2)
+
+    def multiplier(self, band: str | None = None) -> float | None:  # None: the surface decides
+        """Calibrated, else that of the band, else the regime's."""
+        if self.calibrated_iv_multiplier is not None:
+            return self.calibrated_iv_multiplier
+        return self.iv_multiplier_by_band.get(band, self.iv_multiplier) if band else self.iv_multiplier
+
 # %% ../../nbs/20_vol/23_regimes.ipynb #ecd92032
+DEFAULT_DURATION = 24.0
+
+
 def transition_matrix(
-    regimes: list[RegimeParams],
+    regimes: Sequence[RegimeParams],
     transitions: dict[str, dict[str, float]] | None = None,  # from, to, probability per step; None: the sticky rule
 ) -> np.ndarray:  # (k, k) rows sum to 1
     """Probabilities per step, in the order of the regimes. Raises `ConfigError` naming the row at fault."""
@@ -59,20 +92,550 @@ def transition_matrix(
     unknown = sorted({n for n in [*transitions, *(to for row in transitions.values() for to in row)] if n not in names})
     missing = [n for n in names if n not in transitions]
     if unknown or missing:
-        raise ConfigError(f"transitions name {unknown or 'no row for ' + str(missing)}, but the regimes are {names}; give one row per regime")
+        fault = f"name {unknown}" if unknown else f"have no row for {missing}"
+        raise ConfigError(f"transitions {fault}, but the regimes are {names}; give one row per regime, by name")
     matrix = np.array([[float(transitions[a].get(b, 0.0)) for b in names] for a in names])
+    return _checked_rows(names, matrix)
+
+
+def _checked_rows(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
+    """The matrix, or a `ConfigError` naming the row that is no distribution."""
     for name, row in zip(names, matrix, strict=True):
         if not (np.isfinite(row).all() and (row >= 0).all() and abs(row.sum() - 1.0) <= 1e-6):
-            raise ConfigError(f"transitions from {name!r} are {dict(zip(names, row.tolist(), strict=True))}, which sum to {row.sum():.6g}; "
-                              "they must be probabilities that sum to 1")
+            raise ConfigError(f"transitions from {name!r} are {dict(zip(names, row.tolist(), strict=True))}, which sum to {row.sum():.6g}"
+                              f"{' and are negative in part' if (row < 0).any() else ''}; they must be probabilities that sum to 1")
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def _sticky_row(regimes: list[RegimeParams], i: int) -> np.ndarray:
-    """Stay 1 - 1/mean_duration, else by weights."""
+def _sticky_row(regimes: Sequence[RegimeParams], i: int) -> np.ndarray:
+    """Stay with 1 - 1/mean_duration, else move by weights."""
     others = np.array([0.0 if j == i else r.weight for j, r in enumerate(regimes)])
-    duration = regimes[i].mean_duration
-    leave = 0.0 if others.sum() <= 0 else 1.0 / duration if duration else 1.0 / 24.0
+    leave = 0.0 if others.sum() <= 0 else 1.0 / (regimes[i].mean_duration or DEFAULT_DURATION)
     row = leave * others / max(others.sum(), 1e-300)
     row[i] = 1.0 - leave
     return row
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #d2fb877c
+def rescale_transitions(
+    matrix: np.ndarray,  # (k, k) per step
+    ratio: float,  # new step / old step
+) -> np.ndarray:  # (k, k)
+    """The chain at another step."""
+    if abs(ratio - round(ratio)) < 1e-9:
+        return np.linalg.matrix_power(matrix, int(round(ratio)))
+    from scipy.linalg import fractional_matrix_power
+
+    rooted = np.clip(np.real(fractional_matrix_power(matrix, ratio)), 0.0, None)
+    return rooted / rooted.sum(axis=1, keepdims=True)
+
+
+def rescale_ar1(
+    phi: float,
+    sigma: float,
+    ratio: float,  # new step / old step
+) -> tuple[float, float]:  # phi and sigma at the new step
+    """AR(1) at another step, with the same stationary deviation; what has no memory keeps none."""
+    moved = phi**ratio if phi > 0 or ratio == round(ratio) else 0.0
+    return moved, sigma * math.sqrt((1.0 - moved**2) / (1.0 - phi**2))
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #a8400bbc
+DEFAULT_FEATURES = ("vrp_30d", "vrp_7d", "chop_factor", "adx_14", "iv_rank_30d", "skew_25d", "term_slope", "rv_30d")
+FORMAT = "volcal.regime_model"
+_Rows = tuple[tuple[float, ...], ...]
+
+
+class _ModelData(BaseModel):
+    """What a model file holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["volcal.regime_model"] = Field("volcal.regime_model", description="what kind of file this is")
+    version: Literal[1] = Field(1, description="version of the format")
+    features: tuple[str, ...] = Field((), description="sensors that label a row, in order; none: the regimes were written by hand")
+    method: Literal["kmeans", "gmm", "given"] = Field("given", description="how the regimes were found")
+    center: tuple[float, ...] = Field((), description="mean of each feature")
+    scale: tuple[float, ...] = Field((), description="standard deviation of each feature")
+    centroids: _Rows = Field((), description="centres of the regimes, standardised")
+    mixture_weights: tuple[float, ...] | None = Field(None, description="weights of a mixture")
+    covariances: tuple[_Rows, ...] | None = Field(None, description="covariances of a mixture, standardised")
+    regimes: tuple[RegimeParams, ...] = Field(min_length=1, description="the regimes, in order of realized volatility")
+    transitions: dict[str, dict[str, float]] = Field(description="probability per step, from and to by name")
+    step: str = Field("6h", description="duration of a step")
+    residuals: dict[str, tuple[float, ...]] | None = Field(None, description="standardised return, IV and skew innovations in time order")
+    evidence: dict[str, Any] = Field(default_factory=dict, description="why this number of regimes, and how firm it is")
+    provenance: dict[str, Any] = Field(default_factory=dict, description="what the model was trained on")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> _ModelData:
+        transition_matrix(self.regimes, self.transitions)
+        k, f = len(self.regimes), len(self.features)
+        fits = len(self.centroids) == k and all(len(c) == f for c in self.centroids) and len(self.center) == len(self.scale) == f
+        if self.method != "given" and not fits:
+            raise ValueError(f"{k} regimes of {f} features need as many centroids and scales; the file was edited or cut, fit again")
+        step_ns(self.step)
+        return self
+
+
+def step_ns(
+    step: str,  # 5min, 1h, 6h
+) -> int:
+    """Nanoseconds of a duration. Raises `ConfigError` where it is none."""
+    try:
+        ns = int(pd.Timedelta(step).as_unit("ns").value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"step {step!r} is not a duration, so nothing can be stepped; write 5min, 1h or 6h") from error
+    if ns <= 0:
+        raise ConfigError(f"step {step!r} does not move forward; write 5min, 1h or 6h")
+    return ns
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #7ed1cd04
+class _Labelling(_ModelData):
+    """Labels and probabilities of rows."""
+
+    @property
+    def names(self) -> list[str]:
+        return [r.name for r in self.regimes]
+
+    @property
+    def clusters(self) -> Clusters:
+        """The centres. Raises `ConfigError` for regimes written by hand."""
+        if self.method == "given":
+            raise ConfigError(f"the regimes {self.names} were written by hand and have no centroids, so no row can be labelled; fit a model from a harvest")
+        optional = [None if x is None else np.array(x) for x in (self.mixture_weights, self.covariances)]
+        return Clusters(self.method, np.array(self.center), np.array(self.scale), np.array(self.centroids), *optional)
+
+    def feature_rows(self, sensors: pd.DataFrame) -> np.ndarray:  # (n, f)
+        """The features of each row. Raises `ConfigError` naming what is missing."""
+        missing = [f for f in self.features if f not in sensors]
+        if missing:
+            raise ConfigError(f"sensors lack {missing}, so no row can be labelled by this model; it needs {list(self.features)}")
+        return sensors[list(self.features)].to_numpy(dtype=np.float64)
+
+    def predict(self, sensors: pd.DataFrame) -> np.ndarray:  # (n,) int, -1 where a feature is missing
+        """Regime number of each row."""
+        return assign(self.clusters, self.feature_rows(sensors))
+
+    def predict_proba(self, sensors: pd.DataFrame) -> np.ndarray:  # (n, k), NaN where a feature is missing
+        """Probability of each regime; for k-means, as if the clusters were round, of unit variance."""
+        scores = cluster_scores(self.clusters, self.feature_rows(sensors))
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #043cc45c
+class _Dynamics(_Labelling):
+    """Transitions and what follows from them."""
+
+    @property
+    def matrix(self) -> np.ndarray:  # (k, k)
+        return transition_matrix(self.regimes, self.transitions)
+
+    def occupancy(self, labels: Any = None) -> dict[str, float]:  # share of rows per regime
+        """Shares of labels, or those of the training data."""
+        if labels is None:
+            total = sum(r.weight for r in self.regimes)
+            return {r.name: r.weight / total for r in self.regimes}
+        known = np.asarray(labels)[np.asarray(labels) >= 0]
+        counts = np.bincount(known, minlength=len(self.regimes)) / max(len(known), 1)
+        return dict(zip(self.names, counts.tolist(), strict=True))
+
+    def stationary(self) -> dict[str, float]:
+        """The distribution that the chain settles in."""
+        values, vectors = np.linalg.eig(self.matrix.T)
+        lead = np.abs(np.real(vectors[:, int(np.argmax(np.real(values)))]))
+        return dict(zip(self.names, (lead / lead.sum()).tolist(), strict=True))
+
+    def at_step(self, duration: str) -> RegimeModel:
+        """The same market, stepped at another duration."""
+        ratio = step_ns(duration) / step_ns(self.step)
+        matrix = rescale_transitions(self.matrix, ratio)
+        regimes = []
+        for r in self.regimes:
+            phi_iv, sigma_iv = rescale_ar1(r.phi_iv, r.sigma_iv, ratio)
+            phi_skew, sigma_skew = rescale_ar1(r.phi_skew, r.sigma_skew, ratio)
+            duration_steps = None if r.mean_duration is None else max(1.0, r.mean_duration / ratio)
+            changed = {"phi_iv": phi_iv, "sigma_iv": sigma_iv, "phi_skew": phi_skew, "sigma_skew": sigma_skew, "mean_duration": duration_steps}
+            regimes.append(r.model_copy(update=changed))
+        return self.model_copy(update={"regimes": tuple(regimes), "step": duration, "transitions": named_transitions(self.names, matrix)})  # type: ignore
+
+
+def named_transitions(names: Sequence[str], matrix: np.ndarray) -> dict[str, dict[str, float]]:
+    """A matrix as a nested dict."""
+    return {a: {b: float(p) for b, p in zip(names, row, strict=True)} for a, row in zip(names, matrix, strict=True)}
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #0168ba99
+class RegimeModel(_Dynamics):
+    """Regimes, how to tell them apart, and how they follow each other."""
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The model as text; written to `path` too, if given."""
+        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        if path is not None:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(f".{target.name}.tmp")
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(target)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path | dict[str, Any]) -> RegimeModel:
+        """A model from a file, a text or a dict. Raises `ConfigError` for anything else."""
+        data, where = _read_json(source)
+        older = None if data.get("format") == FORMAT else _older_regimes(data)
+        if older is not None:
+            return from_older_shape(data)
+        if data.get("format") != FORMAT or data.get("version") != 1:
+            found = f"format {data.get('format')!r} version {data.get('version')!r}" if "format" in data else f"keys {sorted(data)[:8]}"
+            raise ConfigError(f"{where} is not a regime model that this version reads ({found}; {FORMAT!r} version 1 is needed); "
+                              "fit it again with volcal build-regimes")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+            raise ConfigError(f"{where} is a damaged regime model: {told}; restore it or fit it again") from None
+
+    def calibrated(self, multipliers: dict[str, float], skew_scales: dict[str, float] | None = None) -> RegimeModel:
+        """The model with calibrated values beside its own. Raises `ConfigError` for an unknown regime."""
+        unknown = sorted((set(multipliers) | set(skew_scales or {})) - set(self.names))
+        if unknown:
+            raise ConfigError(f"{unknown} are not regimes of this model ({self.names}), so their calibration would be lost; calibrate with this model")
+        def changed(r: RegimeParams) -> RegimeParams:
+            new = {"calibrated_iv_multiplier": multipliers.get(r.name, r.calibrated_iv_multiplier),
+                   "calibrated_skew_scale": (skew_scales or {}).get(r.name, r.calibrated_skew_scale)}
+            return RegimeParams.model_validate(r.model_dump() | new)
+        return self.model_copy(update={"regimes": tuple(changed(r) for r in self.regimes)})
+
+    @classmethod
+    def fit(cls, sensors: pd.DataFrame, **options: Any) -> RegimeModel:  # options as `fit_regimes`
+        """Learn a model from sensors through time."""
+        return fit_regimes(sensors, **options)
+
+
+def load_regime_model(
+    source: RegimeModel | str | Path | dict[str, Any],
+) -> RegimeModel:
+    """A model from wherever it is."""
+    return source if isinstance(source, RegimeModel) else RegimeModel.from_json(source)
+
+
+def _read_json(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The mapping and what to call it."""
+    if isinstance(source, dict):
+        return source, "the given dict"
+    is_text = isinstance(source, str) and source.lstrip().startswith(("{", "["))
+    where = "the given text" if is_text else str(source)
+    try:
+        data = json.loads(str(source) if is_text else Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"regime model {where} cannot be read ({error}), so there are no regimes; check the path or fit one") from error
+    if not isinstance(data, (dict, list)):
+        raise ConfigError(f"{where} holds {type(data).__name__}, not a regime model; fit one with volcal build-regimes")
+    return (data if isinstance(data, dict) else {"regimes": data}), where
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #b9af7ffa
+_OLDER = ("mu_rv_30d", "mu_vrp_30d", "iv_level_sigma", "skew_template", "phi_iv", "phi_skew")
+
+
+def _older_regimes(data: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The regimes of an older file, each with its name; None where it is not one."""
+    found = data.get("regimes", {n: v for n, v in data.items() if isinstance(v, dict) and "mu_rv_30d" in v})
+    entries = [{"name": n, **v} for n, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else found
+    ok = isinstance(entries, list) and entries and all(isinstance(e, dict) and "mu_rv_30d" in e for e in entries)
+    return [{"name": e.get("id", f"regime_{i}"), **{k: v for k, v in e.items() if k != "id"}} for i, e in enumerate(entries)] if ok else None
+
+
+def _older_params(e: dict[str, Any]) -> RegimeParams:
+    """One regime of the older shape, in today's fields."""
+    unit = 0.01 if abs(float(e["mu_rv_30d"])) > 3 else 1.0
+    rv, vrp, phi = unit * float(e["mu_rv_30d"]), unit * float(e.get("mu_vrp_30d", 0.0)), float(e.get("phi_iv", 0.0))
+    spread = unit * float(e.get("iv_level_sigma", 0.0)) / max(rv + vrp, 1e-9)
+    template = e.get("skew_template", "put_heavy")
+    skew: dict[str, Any] = {"skew_mode": template} if isinstance(template, str) else {"skew_scale": float(template)} if not isinstance(template, dict) else \
+        {"skew_anchor_ratios": {float(str(d).strip("pcd")) / (100 if float(str(d).strip("pcd")) > 1 else 1): float(r) for d, r in template.items()}}
+    kept = {k: v for k, v in e.items() if k in RegimeParams.model_fields and k not in _OLDER}
+    return RegimeParams.model_validate({
+        "vol": rv, "vrp": vrp, "sensor_means": {"rv_30d": rv, "vrp_30d": vrp}, "phi_iv": phi, "sigma_iv": spread * math.sqrt(1 - phi**2),
+        "phi_skew": float(e.get("phi_skew", 0.0)), **skew, **kept, "name": str(e["name"])})
+
+
+def from_older_shape(
+    data: dict[str, Any],  # a file of the older shape
+) -> RegimeModel:
+    """A model from an older file, with a warning that says what each field became. Raises `ConfigError` where it does not fit."""
+    entries = _older_regimes(data) or []
+    given = next((data[k] for k in ("transitions", "regime_transitions", "transition_matrix", "transition") if k in data), None)
+    try:
+        regimes = [_older_params(e) for e in entries]
+    except (ValidationError, ValueError, TypeError) as error:
+        raise ConfigError(f"a regime of the older shape does not fit: {error}; correct it or fit the model again") from None
+    names = [r.name for r in regimes]
+    rows = given if given is None or isinstance(given, dict) else dict(zip(names, (dict(zip(names, map(float, row))) for row in given), strict=False))
+    matrix = transition_matrix(regimes, rows)
+    ignored = sorted({k for e in entries for k in e} - set(_OLDER) - set(RegimeParams.model_fields))
+    told = ("regime model of the older shape: mu_rv_30d became vol, mu_vrp_30d became vrp, iv_level_sigma became sigma_iv (relative to the IV level, "
+            "times sqrt(1 - phi_iv^2)), skew_template became skew_mode, skew_scale or skew_anchor_ratios, phi_iv and phi_skew are as they were; "
+            f"transitions {'are as they were' if rows else 'follow the sticky rule'}; ignored: {ignored or 'nothing'}; save it with to_json to be rid of this")
+    warnings.warn(told, UserWarning, stacklevel=3)
+    log.warning(told)
+    return RegimeModel(regimes=tuple(regimes), transitions=named_transitions(names, matrix), step=str(data.get("step", "1D")), provenance={"older_shape": True})
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #d5a0e885
+@dataclass(frozen=True)
+class RegimeState:
+    """Where the market stands."""
+
+    regime: str  # name
+    iv: float = 0.0  # x = ln(IV / (RV m))
+    skew: float = 0.0  # deviation of the 25-delta skew over ATM IV
+    time: pd.Timestamp | None = None  # UTC
+
+
+def create_regime_state(
+    model: RegimeModel,
+    regime: str | None = None,  # default: drawn from the stationary distribution
+    time: Any = None,  # when
+    seed: int | np.random.Generator = 0,
+) -> RegimeState:
+    """A state to start from, its deviations drawn from their stationary distributions. Raises `ConfigError` for an unknown regime."""
+    rng = np.random.default_rng(seed)
+    chosen = str(rng.choice(model.names, p=list(model.stationary().values()))) if regime is None else regime
+    if chosen not in model.names:
+        raise ConfigError(f"{chosen!r} is not a regime of this model, so there is no state; choose from {model.names}")
+    r = model.regimes[model.names.index(chosen)]
+    skew = r.sigma_skew / math.sqrt(1.0 - r.phi_skew**2)
+    return RegimeState(chosen, r.stationary_iv * rng.standard_normal(), skew * rng.standard_normal(), None if time is None else to_utc(time))
+
+
+def step_regime_state(
+    state: RegimeState,
+    model: RegimeModel,
+    rng: np.random.Generator,
+    spot_shock: float | None = None,  # standardised return of the step, with which IV is correlated; None: drawn
+) -> RegimeState:
+    """The state one step later."""
+    here = model.names.index(state.regime)
+    there = int(rng.choice(len(model.regimes), p=model.matrix[here]))
+    old, new = model.regimes[here], model.regimes[there]
+    normal = rng.standard_normal(3)
+    shock = normal[0] if spot_shock is None else spot_shock
+    x = state.iv + math.log((old.multiplier() or 1.0) / (new.multiplier() or 1.0))
+    x = new.phi_iv * x + new.sigma_iv * (new.spot_iv_corr * shock + math.sqrt(1.0 - new.spot_iv_corr**2) * normal[1])
+    skew = new.phi_skew * state.skew + new.sigma_skew * normal[2]
+    time = None if state.time is None else state.time + pd.Timedelta(step_ns(model.step), unit="ns")
+    return RegimeState(new.name, float(x), float(skew), time)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #c7a9acf4
+_WORDS = (("vrp_30d", "rich_vol", "cheap_vol"), ("skew_25d", "put_skew", "call_skew"), ("adx_14", "trending", "ranging"),
+          ("term_slope", "inverted", "upward"), ("iv_rank_30d", "high_rank", "low_rank"), ("chop_factor", "choppy", "smooth"))
+
+
+def regime_names(
+    z: np.ndarray,  # (k, f) centres in standard deviations from the mean, in order of realized vol
+    features: Sequence[str],
+) -> list[str]:
+    """A distinct name for each regime."""
+    def word(i: int, feature: str, high: str, low: str, edge: float = 0.4) -> str:
+        value = z[i, list(features).index(feature)] if feature in features else 0.0
+        return high if value > edge else low if value < -edge else ""
+
+    level = next((f for f in ("rv_30d", "rv_7d") if f in features), None)
+    bases = [word(i, level, "turbulent", "calm") or "moderate" if level else f"regime_{i}" for i in range(len(z))]
+    names = [b + (f"_{w}" if (w := word(i, *_WORDS[0])) else "") for i, b in enumerate(bases)]
+    for extra in _WORDS[1:]:
+        clash = [names.count(n) > 1 for n in names]
+        names = [n + (f"_{w}" if c and (w := word(i, *extra)) else "") for i, (n, c) in enumerate(zip(names, clash, strict=True))]
+    return [n if names.count(n) == 1 else f"{n}_{names[:i].count(n) + 1}" for i, n in enumerate(names)]
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #812a33c3
+@dataclass(frozen=True)
+class _Series:
+    """Columns of the training rows."""
+
+    time_ns: np.ndarray
+    linked: np.ndarray
+    labels: np.ndarray
+    returns: np.ndarray  # (n,) log return that led to the row, NaN without one
+    years: np.ndarray  # (n,) time it took
+    log_ratio: np.ndarray  # (n,) ln(IV / RV)
+    skew: np.ndarray  # (n,) 25-delta skew over ATM IV
+
+
+def _series(frame: pd.DataFrame, labels: np.ndarray, time_ns: np.ndarray, iv: str, rv: str) -> _Series:
+    n, linked = len(frame), linked_pairs(time_ns, labels)
+    def column(name: str) -> np.ndarray:
+        return frame[name].to_numpy(dtype=np.float64) if name in frame else np.full(n, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        moves = np.append(np.nan, np.diff(np.log(column("spot"))))
+        ratio, skew = np.log(column(iv) / column(rv)), column("skew_25d") / column("iv_30d" if "iv_30d" in frame else iv)
+    years = np.append(np.nan, np.diff(time_ns) / NS_PER_YEAR)
+    return _Series(time_ns, linked, labels, np.where(linked, moves, np.nan), years, np.where(np.isfinite(ratio), ratio, np.nan), skew)
+
+
+def _finite_mean(values: np.ndarray, default: float = math.nan) -> float:
+    found = values[np.isfinite(values)]
+    return float(found.mean()) if found.size else default
+
+
+def _spot_numbers(s: _Series, here: np.ndarray) -> dict[str, float]:
+    """Drift and volatility of a regime."""
+    used = here & np.isfinite(s.returns)
+    if used.sum() < 3:
+        return {}
+    years = float(s.years[used].sum())
+    vol = math.sqrt(float((s.returns[used] ** 2).sum()) / years)
+    return {"drift": float(s.returns[used].sum()) / years + 0.5 * vol**2, "vol": vol} if vol > 0 else {}
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #025b72c5
+def _iv_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
+    """Multiplier and dynamics of a regime; standardised innovations of x."""
+    centre = _finite_mean(s.log_ratio[here])
+    if not math.isfinite(centre):
+        return {}, np.full(len(here), np.nan)
+    stay = here & s.linked & np.append(False, here[:-1])
+    fit = fit_ar1(s.log_ratio - centre, stay)
+    out = {"iv_multiplier": math.exp(centre)}
+    if not math.isfinite(fit.phi):
+        return out, np.full(len(here), np.nan)
+    known = np.isfinite(fit.residuals) & np.isfinite(s.returns)
+    corr = float(np.corrcoef(s.returns[known], fit.residuals[known])[0, 1]) if known.sum() >= 10 and np.ptp(s.returns[known]) > 0 else 0.0
+    return out | {"phi_iv": fit.phi, "sigma_iv": fit.sigma, "spot_iv_corr": corr}, fit.residuals / max(fit.sigma, 1e-12)
+
+
+def _skew_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """Skew mode and dynamics of a regime; standardised innovations."""
+    found = s.skew[here & np.isfinite(s.skew)]
+    if found.size < 3:
+        return {}, np.full(len(here), np.nan)
+    fit = fit_ar1(s.skew - found.mean(), here & s.linked & np.append(False, here[:-1]))
+    memory = fit.phi if math.isfinite(fit.phi) else 0.0
+    error = float(found.std() / math.sqrt(found.size) * math.sqrt((1 + max(memory, 0.0)) / (1 - max(memory, 0.0))))
+    mode = "put_heavy" if found.mean() > error else "call_heavy" if found.mean() < -error else "neutral"
+    dynamics = {"phi_skew": fit.phi, "sigma_skew": fit.sigma} if math.isfinite(fit.phi) else {}
+    return {"skew_mode": mode, **dynamics}, fit.residuals / max(fit.sigma, 1e-12) if dynamics else np.full(len(here), np.nan)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #473cd5db
+def _regime_params(name: str, s: _Series, r: int, frame: pd.DataFrame, stay: float) -> tuple[RegimeParams, np.ndarray]:
+    """One regime, and its standardised innovations (n, 3) of return, IV and skew."""
+    here = s.labels == r
+    numeric = frame.select_dtypes("number").drop(columns=["spot"], errors="ignore")[here]
+    spot = _spot_numbers(s, here)
+    iv, iv_shock = _iv_numbers(s, here)
+    skew, skew_shock = _skew_numbers(s, here)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spot_shock = np.where(here, s.returns / (spot.get("vol", math.nan) * np.sqrt(s.years)), np.nan)
+    means, stds = numeric.mean(), numeric.std(ddof=0)
+    premium = means.get("vrp_30d", math.nan)
+    params = RegimeParams.model_validate({
+        "name": name, "weight": float(here.sum() / (s.labels >= 0).sum()), "vrp": float(premium) if math.isfinite(premium) else 0.0,
+        "sensor_means": {str(k): float(v) for k, v in means.items() if math.isfinite(v)},
+        "sensor_stds": {str(k): float(v) for k, v in stds.items() if math.isfinite(v)}, "mean_duration": 1.0 / max(1.0 - stay, 1e-9), **spot, **iv, **skew})
+    return params, np.column_stack([spot_shock, iv_shock, skew_shock])
+
+
+def _residual_rows(shocks: list[np.ndarray], s: _Series) -> dict[str, tuple[float, ...]] | None:
+    """The innovations of all regimes in time order, for the bootstrap."""
+    total = np.nansum(np.stack(shocks), axis=0)
+    known = np.stack([np.isfinite(x).all(axis=1) for x in shocks])
+    rows = np.flatnonzero(known.any(axis=0))
+    if rows.size < 20:
+        return None
+    follows = s.linked[rows] & np.append(False, np.diff(rows) == 1)
+    columns = {"regime": known.argmax(axis=0)[rows], "follows": follows, "spot": total[rows, 0], "iv": total[rows, 1], "skew": total[rows, 2]}
+    return {name: tuple(round(float(v), 6) for v in values) for name, values in columns.items()}
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #11628bac
+def _ordered(clusters: Clusters, features: Sequence[str]) -> Clusters:
+    """The same clusters in order of realized vol (or of the first feature)."""
+    level = next((list(features).index(f) for f in ("rv_30d", "rv_7d") if f in features), 0)
+    order = np.argsort(clusters.means[:, level], kind="stable")
+    parts = [None if x is None else x[order] for x in (clusters.weights, clusters.covariances)]
+    return Clusters(clusters.method, clusters.center, clusters.scale, clusters.means[order], *parts)
+
+
+def _times(sensors: pd.DataFrame) -> np.ndarray:
+    """(n,) int64 nanoseconds of the rows, which must ascend. Raises `FitError`."""
+    stamps = sensors["time"] if "time" in sensors else sensors.index
+    if not pd.api.types.is_datetime64_any_dtype(stamps.dtype):
+        raise FitError("sensors have neither a `time` column nor a time index, so no transition can be counted; give one")
+    ns = epoch_ns(stamps)
+    if (np.diff(ns) <= 0).any():
+        raise FitError("sensors are not in ascending order of time, so transitions would run backwards; sort them and drop repeated times")
+    return ns
+
+
+def _evidence(table: pd.DataFrame, clusters: Clusters, rows: np.ndarray, visits: np.ndarray, names: list[str], per_week: int,
+              seed: int, left_out: int) -> dict[str, Any]:
+    mean, low = bootstrap_agreement(rows, clusters, per_week, seed=seed)
+    plain = [{str(k): (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()} for row in table.to_dict("records")]
+    return {"k": plain, "bootstrap_agreement": {"mean": mean, "p10": low, "rows_per_block": per_week}, "visits": dict(zip(names, map(int, visits), strict=True)),
+            "transitions_not_estimable": [n for n, v in zip(names, visits, strict=True) if v < 3], "rows_left_out": left_out, "rows": len(rows)}
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #67f39ae7
+def fit_regimes(
+    sensors: pd.DataFrame,  # in time order: `time` or a time index, the features; spot, IV and RV for the dynamics
+    features: Sequence[str] = DEFAULT_FEATURES,
+    k: int | None = None,  # number of regimes; None: by the rule
+    method: Method = "kmeans",
+    seed: int = 0,
+    iv: str = "iv_7d",  # columns of the dynamics
+    rv: str = "rv_7d",
+    provenance: dict[str, Any] | None = None,
+) -> RegimeModel:
+    """Learn regimes. Raises `FitError` where the rows do not allow it."""
+    missing = [f for f in features if f not in sensors]
+    if missing:
+        raise FitError(f"sensors lack {missing}, so no regimes can be learned on them; harvest these sensors or choose other features")
+    time_ns = _times(sensors)
+    values = sensors[list(features)].to_numpy(dtype=np.float64)
+    complete = np.isfinite(values).all(axis=1)
+    if not complete.any():
+        empty = [f for f, ok in zip(features, np.isfinite(values).any(axis=0), strict=True) if not ok]
+        raise FitError(f"none of {len(values)} rows has every feature (never known: {empty}); lengthen the price history or choose other features")
+    rows = values[complete]
+    chosen, table = (k, pd.DataFrame([judge_k(rows, k, method, seed)])) if k else choose_k(rows, method=method, seed=seed)
+    clusters = _ordered(fit_clusters(rows, chosen, method, seed), features)
+    labels = assign(clusters, values)
+    names = regime_names(clusters.means, features)
+    s = _series(sensors, labels, time_ns, iv, rv)
+    matrix = smoothed_transitions(transition_counts(labels, s.linked, chosen))
+    found = [_regime_params(name, s, i, sensors, float(matrix[i, i])) for i, name in enumerate(names)]
+    step = pd.Timedelta(int(np.median(np.diff(time_ns))), unit="ns").round("min")
+    week = max(1, round(7 * NS_PER_DAY / step.value))
+    span = [pd.Timestamp(t, tz="UTC").isoformat() for t in (time_ns[0], time_ns[-1])]
+    log.info("fit: %d rows, %d left out, k = %d, %s", len(values), int((~complete).sum()), chosen, names)
+    evidence = _evidence(table, clusters, rows, visit_counts(labels, s.linked, chosen), names, week, seed, int((~complete).sum()))
+    return _assembled(clusters, features, found, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
+                      {"start": span[0], "end": span[1], "rows": len(values), "seed": seed, "iv": iv, "rv": rv, **(provenance or {})})
+
+
+def _assembled(clusters: Clusters, features: Sequence[str], found: list[tuple[RegimeParams, np.ndarray]],
+               transitions: dict[str, dict[str, float]], step: pd.Timedelta, residuals: dict[str, tuple[float, ...]] | None,
+               evidence: dict[str, Any], provenance: dict[str, Any]) -> RegimeModel:
+    def listed(x: np.ndarray | None) -> Any:
+        return None if x is None else x.tolist()
+    return RegimeModel.model_validate({
+        "features": tuple(features), "method": clusters.method, "center": listed(clusters.center), "scale": listed(clusters.scale),
+        "centroids": listed(clusters.means), "mixture_weights": listed(clusters.weights), "covariances": listed(clusters.covariances),
+        "regimes": [p for p, _ in found], "transitions": transitions, "step": f"{step.value // 60_000_000_000}min", "residuals": residuals,
+        "evidence": evidence, "provenance": provenance})
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #554cf6e1
+def sample_sensors(
+    n: int = 1460,  # six-hourly rows
+    seed: int = 1,
+) -> tuple[pd.DataFrame, np.ndarray]:  # sensors through time; the true regimes (n,)
+    """Sensors of a made-up market of three regimes, for lessons and tests."""
+    rng = np.random.default_rng(seed)
+    matrix = np.array([[0.97, 0.03, 0.0], [0.02, 0.96, 0.02], [0.0, 0.06, 0.94]])
+    regime = np.zeros(n, dtype=np.int64)
+    for i in range(1, n):
+        regime[i] = rng.choice(3, p=matrix[regime[i - 1]])
+    vol, m, skew = np.array([0.3, 0.5, 0.7])[regime], np.array([1.3, 1.0, 0.85])[regime], np.array([0.00, 0.08, 0.14])[regime]
+    x = np.zeros(n)
+    for i in range(1, n):
+        x[i] = 0.8 * x[i - 1] + 0.03 * rng.standard_normal()
+    rv = vol * np.exp(0.05 * rng.standard_normal(n))
+    iv = rv * m * np.exp(x)
+    spot = 90_000 * np.exp(np.cumsum(vol * np.sqrt(0.25 / DAYS_PER_YEAR) * rng.standard_normal(n)))
+    time = pd.date_range("2025-01-01", periods=n, freq="6h", tz="UTC")
+    frame = {"time": time, "spot": spot, "iv_7d": iv, "rv_7d": rv, "iv_30d": iv, "rv_30d": rv, "vrp_30d": iv - rv, "vrp_7d": iv - rv, "skew_25d": iv * (skew + 0.005 * rng.standard_normal(n)), "term_slope": 0.01 * rng.standard_normal(n)}
+    return pd.DataFrame(frame), regime
