@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numba import njit
 
 from .config import CalibrationConfig
 from .residuals import COL, metrics_from_sums, ratio
@@ -17,14 +18,25 @@ from .residuals import COL, metrics_from_sums, ratio
 __all__ = ['TERM_EDGES', 'WEEKDAYS', 'bucket_of', 'bucket_names', 'GroupLayout', 'group_layout', 'group_labels', 'bucket_entry']
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #9f699f8c
+@njit(cache=True, nogil=True, error_model="numpy")
+def _bucket_kernel(value, edges, out):
+    last = edges.size - 1
+    for i in range(value.size):
+        x, number = value[i], -1
+        if edges[0] <= x <= edges[last]:
+            while number < last - 1 and x >= edges[number + 1]:
+                number += 1
+        out[i] = number
+
+
 def bucket_of(
     value: np.ndarray,  # (n,)
     edges: list[float],  # (m + 1,) ascending
 ) -> np.ndarray:  # (n,) int32 bucket number, -1 outside or NaN
     """Number of the half-open bucket of each value; the last bucket is closed."""
-    number = np.searchsorted(edges, value, side="right") - 1
-    number = np.where(value == edges[-1], len(edges) - 2, number)
-    return np.where((number >= 0) & (number < len(edges) - 1) & np.isfinite(value), number, -1).astype(np.int32)
+    out = np.empty(len(value), dtype=np.int32)
+    _bucket_kernel(np.ascontiguousarray(value, dtype=np.float64), np.asarray(edges, dtype=np.float64), out)
+    return out
 
 
 def bucket_names(
@@ -106,10 +118,10 @@ def group_labels(
         numbers["joint"] = np.where(both, numbers["dte"] * len(layout.partitions["delta"]) + numbers["delta"], -1)
     for band in config.bands or []:
         numbers |= {f"band:{band.name}": numbers["headline"], f"band_type:{band.name}": type_number}
-    out = np.full((dte.size, len(numbers)), -1, dtype=np.int32)
+    out = np.empty((dte.size, len(numbers)), dtype=np.int32)
     for column, (name, number) in enumerate(numbers.items()):
         member = selected[_selection(name)] & (number >= 0) & (number < len(layout.partitions[name]))
-        out[member, column] = number[member] + layout.start[name]
+        out[:, column] = np.where(member, number + layout.start[name], -1)
     return out
 
 

@@ -13,7 +13,7 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import settings as defaults
-from ..market.pricing import call_delta_scalar, norm_cdf_scalar
+from ..market.pricing import call_delta_scalar, fast_exp, norm_cdf_scalar
 from ..settings import get_settings
 from ..units import ConfigError, PricingError
 from .overrides import get_iv_multiplier_override
@@ -183,31 +183,59 @@ SKEW_TOLERANCE = 1e-12
 SKEW_MAX_ROUNDS = 50
 
 
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _node(j, calls, puts, c0, deltas, ratios):
+    """Delta and ratio of the j-th node, the money among them."""
+    if j == calls:
+        return c0, 1.0
+    n = j if j < calls else puts + j - calls - 1
+    return deltas[n], ratios[n]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _segment_root(level, k, root_t, c, r, slope, low, high):
+    """IV between `low` and `high` that solves iv = level x (r + slope x (call delta - c))."""
+    iv, rising = 0.5 * (low + high), high > low
+    for _ in range(SKEW_MAX_ROUNDS):
+        d1 = -k / (iv * root_t) + 0.5 * iv * root_t
+        gap = iv - level * (r + slope * (norm_cdf_scalar(d1) - c))
+        if abs(gap) <= SKEW_TOLERANCE * level or abs(high - low) <= 1e-16 * level:
+            break
+        if (gap < 0.0) == rising:
+            low = iv
+        else:
+            high = iv
+        density = fast_exp(-0.5 * d1 * d1) * 0.3989422804014327
+        step = iv - gap / (1.0 + level * slope * density * (d1 - iv * root_t) / iv)
+        iv = step if min(low, high) < step < max(low, high) else 0.5 * (low + high)
+    return iv
+
+# %% ../../nbs/20_vol/25_surface.ipynb #be013a8e
 @njit(cache=True, nogil=True, error_model="numpy")
 def skewed_iv_scalar(level, forward, strike, t, deltas, ratios):
     """IV that solves iv = level x ratio(call delta at iv); the plain level without nodes or for invalid input."""
     if not (level > 0.0 and forward > 0.0 and strike > 0.0 and t > 0.0) or deltas.size == 0:
         return level
-    c0 = norm_cdf_scalar(0.5 * level * math.sqrt(t))
-    low = high = 1.0
-    for j in range(ratios.size):
-        low, high = min(low, ratios[j]), max(high, ratios[j])
-    low, high, iv = level * low, level * high, level
     root_t, k = math.sqrt(t), math.log(strike / forward)
-    for _ in range(SKEW_MAX_ROUNDS):
-        d1 = -k / (iv * root_t) + 0.5 * iv * root_t
-        ratio, slope = skew_ratio_scalar(norm_cdf_scalar(d1), c0, deltas, ratios)
-        gap = iv - level * ratio
-        if gap > 0.0:
-            high = iv
+    c0 = norm_cdf_scalar(0.5 * level * root_t)
+    calls, puts = 0, 0
+    for x in deltas:
+        calls += x <= 0.5 - ANCHOR_GAP
+        puts += x < c0 + ANCHOR_GAP
+    below, above = -1, calls + 1 + deltas.size - puts
+    while above - below > 1:
+        middle = (below + above) // 2
+        c, r = _node(middle, calls, puts, c0, deltas, ratios)
+        if norm_cdf_scalar(-k / (level * r * root_t) + 0.5 * level * r * root_t) >= c:
+            below = middle
         else:
-            low = iv
-        if abs(gap) <= SKEW_TOLERANCE * level or high - low <= 1e-16 * level:
-            break
-        density = math.exp(-0.5 * d1 * d1) * 0.3989422804014327
-        step = iv - gap / (1.0 + level * slope * density * (d1 - iv * root_t) / iv)
-        iv = step if low < step < high else 0.5 * (low + high)
-    return iv
+            above = middle
+    if below < 0 or above > calls + deltas.size - puts:
+        return level * _node(max(below, 0), calls, puts, c0, deltas, ratios)[1]
+    (c, r), (c_next, r_next) = _node(below, calls, puts, c0, deltas, ratios), _node(above, calls, puts, c0, deltas, ratios)
+    if r == r_next or k == 0.0:
+        return level * r if k != 0.0 else level
+    return _segment_root(level, k, root_t, c, r, (r_next - r) / (c_next - c), level * r, level * r_next)
 
 # %% ../../nbs/20_vol/25_surface.ipynb #ddd637b7
 @njit(cache=True, nogil=True, error_model="numpy")
