@@ -72,7 +72,7 @@ class DeribitCallError(DeribitError):
         super().__init__(f"{method}{placed}: {message}{numbered}")
         self.method, self.message, self.kind = method, message, kind
         self.error_code, self.field, self.retry_after = error_code, field, retry_after
-        self.attempts = 1
+        self.attempts, self.own = 1, False  # own: our credits ran out, nothing was asked
 
     @property
     def retryable(self) -> bool:
@@ -415,7 +415,9 @@ class _Connection:
 
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            self._pools[loop] = httpx.AsyncClient(transport=self._transport, limits=httpx.Limits(max_connections=20, keepalive_expiry=60.0))
+            secure = urlsplit(self.url).scheme == "https"  # certificates are read only where they are used
+            limits = httpx.Limits(max_connections=20, keepalive_expiry=60.0)
+            self._pools[loop] = httpx.AsyncClient(transport=self._transport, limits=limits, verify=secure)
         return self._pools[loop]
 
     async def aclose(self) -> None:
@@ -432,7 +434,9 @@ class _Attempts(_Connection):
         wait = self.bucket.reserve(patience=left)
         if wait is None:
             text = f"this process has no credits within the {left:.1f} s left; fewer callers, or a longer deadline"
-            raise DeribitCallError(name, text, "rate_limit")
+            broke = DeribitCallError(name, text, "rate_limit")
+            broke.own = True
+            raise broke
         await asyncio.sleep(wait)
         seconds, sent = max(0.001, min(self.retry.timeout_seconds, left - wait)), time.time()
         try:
@@ -468,7 +472,7 @@ class _Caller(_Attempts):
             except DeribitCallError as error:
                 pause = self.retry.pause(attempt, self._rng, error.retry_after)
                 spent = time.monotonic() - started
-                if error.kind == "rate_limit" and error.error_code is not None:
+                if error.kind == "rate_limit" and not error.own:
                     self.bucket.drain()
                 if not self.retry.again(error, attempt) or spent + pause >= limit:
                     raise _final(error, attempt, spent, limit) from error

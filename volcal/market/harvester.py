@@ -23,36 +23,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 
-from volcal.market.deribit import (
-    CANDLE_MINUTES,
-    DVOL_SECONDS,
-    AsyncDeribit,
-    Deribit,
-    DeribitCallError,
-    OptionBook,
-    clock_health,
-    currency_of,
-    index_of,
-    perpetual_of,
-    run_sync,
-)
+from .deribit import CANDLE_MINUTES, DVOL_SECONDS, AsyncDeribit, Deribit, DeribitCallError, OptionBook
+from .deribit import clock_health, currency_of, index_of, perpetual_of, run_sync
 from .implied import implied_vol
 from .instruments import parse_instruments
 from .pricing import black76_greeks
 from .store import Store
-from volcal.units import (
-    DAYS_PER_YEAR,
-    NS_PER_YEAR,
-    SETTLEMENT_MINUTES,
-    ConfigError,
-    NoUsableDataError,
-    StoreError,
-    VolcalError,
-    decimal_to_pct,
-    epoch_ns,
-    pct_to_decimal,
-    to_utc,
-)
+from ..units import DAYS_PER_YEAR, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, NoUsableDataError, StoreError, VolcalError
+from ..units import decimal_to_pct, epoch_ns, pct_to_decimal, to_utc
 
 # %% auto #0
 __all__ = ['log', 'ONE_INSTANT_NS', 'AT_THE_TICK', 'BOOK_COLUMNS', 'INDEX_AGREES', 'Status', 'REASONS', 'EMPTY_ATTEMPTS',
