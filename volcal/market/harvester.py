@@ -35,9 +35,10 @@ from ..units import decimal_to_pct, epoch_ns, pct_to_decimal, to_utc
 # %% auto #0
 __all__ = ['log', 'ONE_INSTANT_NS', 'AT_THE_TICK', 'BOOK_COLUMNS', 'INDEX_AGREES', 'Status', 'REASONS', 'EMPTY_ATTEMPTS',
            'DVOL_ASSETS', 'FIRST_BACKFILL', 'book_times', 'quote_ivs', 'index_column', 'snapshot_frame',
-           'ManifestEntry', 'entry_for', 'Manifest', 'Book', 'group_by_asset', 'fetch_books', 'keep_book',
-           'harvest_once', 'parse_interval', 'Clock', 'ExchangeClock', 'recover', 'stop_on_signals', 'harvest_tick',
-           'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus', 'harvest_status', 'BackfillReport', 'backfill']
+           'ManifestEntry', 'entry_for', 'Manifest', 'Book', 'group_by_asset', 'fetch_books', 'live_snapshot',
+           'keep_book', 'harvest_once', 'parse_interval', 'Clock', 'ExchangeClock', 'recover', 'stop_on_signals',
+           'harvest_tick', 'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus', 'harvest_status', 'BackfillReport',
+           'backfill']
 
 # %% ../../nbs/10_market/17_harvester.ipynb #8b975076
 log = logging.getLogger("volcal.harvester")
@@ -295,6 +296,20 @@ async def fetch_books(
         else:
             out[asset] = Book(asset, found.get(asset, []), index, note)
     return out
+
+# %% ../../nbs/10_market/17_harvester.ipynb #8b00d93f
+def live_snapshot(
+    asset: str,  # BTC, SOL_USDC, ...
+    client: Deribit | None = None,  # default: the exchange of the settings
+    deadline: float = 30.0,  # seconds
+) -> pd.DataFrame:  # one row per option, in the harvest layout; index_price NaN where the exchange does not know it
+    """The market of one asset now. Raises `DeribitCallError`, or `NoUsableDataError` for an empty book, within the deadline."""
+    book = run_sync(fetch_books((client or Deribit()).aio, [asset], deadline))[asset]
+    if book.error is not None:
+        raise book.error
+    if book.note:
+        log.warning("asset=%s %s", asset, book.note)
+    return snapshot_frame(book.rows, asset, book.index_price)
 
 # %% ../../nbs/10_market/17_harvester.ipynb #4e56bae5
 _REASON_OF_KIND = {"maintenance": "maintenance", "shape": "shape", "refused": "refused"}
