@@ -539,7 +539,7 @@ def _residual_rows(shocks: list[np.ndarray], s: _Series) -> dict[str, tuple[floa
     if rows.size < 20:
         return None
     follows = s.linked[rows] & np.append(False, np.diff(rows) == 1)
-    columns = {"regime": known.argmax(axis=0)[rows], "follows": follows, "spot": total[rows, 0], "iv": total[rows, 1], "skew": total[rows, 2]}
+    columns = {"regime": known.argmax(axis=0)[rows], "follows": follows} | {n: total[rows, j] for j, n in enumerate(("spot", "iv", "skew"))}
     return {name: tuple(round(float(v), 6) for v in values) for name, values in columns.items()}
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #11628bac
@@ -637,5 +637,6 @@ def sample_sensors(
     iv = rv * m * np.exp(x)
     spot = 90_000 * np.exp(np.cumsum(vol * np.sqrt(0.25 / DAYS_PER_YEAR) * rng.standard_normal(n)))
     time = pd.date_range("2025-01-01", periods=n, freq="6h", tz="UTC")
-    frame = {"time": time, "spot": spot, "iv_7d": iv, "rv_7d": rv, "iv_30d": iv, "rv_30d": rv, "vrp_30d": iv - rv, "vrp_7d": iv - rv, "skew_25d": iv * (skew + 0.005 * rng.standard_normal(n)), "term_slope": 0.01 * rng.standard_normal(n)}
+    frame = {"time": time, "spot": spot, "iv_7d": iv, "rv_7d": rv, "iv_30d": iv, "rv_30d": rv, "vrp_30d": iv - rv, "vrp_7d": iv - rv,
+             "skew_25d": iv * (skew + 0.005 * rng.standard_normal(n)), "term_slope": 0.01 * rng.standard_normal(n)}
     return pd.DataFrame(frame), regime

@@ -17,11 +17,13 @@ from ..market.pricing import call_delta_scalar, fast_exp, norm_cdf_scalar
 from ..settings import get_settings
 from ..units import ConfigError, PricingError
 from .overrides import get_iv_multiplier_override
+from .regimes import RegimeModel, RegimeParams, RegimeState
 
 # %% auto #0
-__all__ = ['ANCHOR_GAP', 'SKEW_TOLERANCE', 'SKEW_MAX_ROUNDS', 'DteBand', 'SkewSurface', 'template_skew', 'VolSurface',
-           'term_multiplier', 'skew_nodes', 'skew_ratio_scalar', 'skewed_iv_scalar', 'skewed_iv_kernel',
-           'effective_multiplier', 'get_synthetic_iv', 'compute_synthetic_iv_with_skew']
+__all__ = ['ANCHOR_GAP', 'SKEW_TOLERANCE', 'SKEW_MAX_ROUNDS', 'MIN_LEVEL', 'MIN_RATIO', 'DteBand', 'SkewSurface', 'template_skew',
+           'VolSurface', 'term_multiplier', 'skew_nodes', 'skew_ratio_scalar', 'skewed_iv_scalar', 'skewed_iv_kernel',
+           'regime_multiplier', 'effective_multiplier', 'get_synthetic_iv', 'regime_skew_nodes',
+           'compute_synthetic_iv_with_skew', 'get_regime_aware_iv_for_delta']
 
 # %% ../../nbs/20_vol/25_surface.ipynb #78bfe239
 class DteBand(BaseModel):
@@ -248,14 +250,35 @@ def skewed_iv_kernel(level, forward, strike, t, dte, min_dte, max_dte, deltas, r
             out[i] = level[i]
 
 # %% ../../nbs/20_vol/25_surface.ipynb #e30f95dd
+def regime_multiplier(
+    surface: VolSurface,
+    dte: Any,  # (n,) days to expiry
+    regime: RegimeParams | None = None,  # the active regime
+) -> np.ndarray:  # (n,)
+    """The active regime's multiplier (calibrated, else of the band, else its own), else the surface's. No override."""
+    days = np.atleast_1d(np.asarray(dte, dtype=np.float64))
+    out = term_multiplier(surface, days)
+    if regime is None:
+        return out
+    own = regime.multiplier()
+    if own is not None:
+        out = np.full(days.shape, own)
+    if regime.calibrated_iv_multiplier is None and regime.iv_multiplier_by_band:
+        bands = [b.model_copy(update={"iv_multiplier": regime.iv_multiplier_by_band.get(b.name, math.inf)}) for b in surface.dte_bands]
+        inside = term_multiplier(surface.model_copy(update={"dte_bands": tuple(bands), "term_multipliers": None, "iv_multiplier": math.inf}), days)
+        out = np.where(np.isfinite(inside), inside, out)
+    return out
+
+
 def effective_multiplier(
     surface: VolSurface,
     dte: Any,  # (n,) days to expiry
     underlying: str | None = None,  # asset whose runtime override counts; None reads no override
+    regime: RegimeParams | None = None,  # the active regime
 ) -> np.ndarray:  # (n,)
-    """Multiplier in force at each DTE: the override where there is one, else the surface's."""
+    """Multiplier in force at each DTE: the override where there is one, else the regime's, else the surface's."""
     days = np.atleast_1d(np.asarray(dte, dtype=np.float64))
-    out = term_multiplier(surface, days)
+    out = regime_multiplier(surface, days, regime)
     if underlying is None:
         return out
     for day in np.unique(days):
@@ -264,14 +287,18 @@ def effective_multiplier(
             out[days == day] = value
     return out
 
+# %% ../../nbs/20_vol/25_surface.ipynb #4d027cb8
+MIN_LEVEL = 0.01
+
 
 def get_synthetic_iv(
     surface: VolSurface,
     rv: Any,  # (n,) or one realized volatility, decimal; not read in mode `fixed`
     dte: Any,  # (n,) or one, days to expiry
     underlying: str | None = None,  # asset whose runtime override counts
-) -> np.ndarray:  # (n,) at-the-money IV, decimal
-    """Level of the surface, realized vol x multiplier. Raises `PricingError` where shapes clash."""
+    regime: RegimeParams | None = None,  # the active regime
+) -> np.ndarray:  # (n,) at-the-money IV, decimal; with a regime's premium never below 1 %
+    """Level of the surface, realized vol x multiplier (+ the regime's premium). Raises `PricingError` where shapes clash."""
     try:
         level, days = np.broadcast_arrays(
             np.asarray(surface.fixed_iv if surface.iv_mode == "fixed" else rv, dtype=np.float64), np.asarray(dte, dtype=np.float64)
@@ -280,9 +307,35 @@ def get_synthetic_iv(
         raise PricingError(
             f"rv and dte have shapes {np.shape(rv)} and {np.shape(dte)}, which do not broadcast, so nothing was priced"
         ) from error
-    return level * effective_multiplier(surface, days.ravel(), underlying).reshape(days.shape)
+    out = level * effective_multiplier(surface, days.ravel(), underlying, regime).reshape(days.shape)
+    return np.maximum(out + regime.vrp, MIN_LEVEL) if regime is not None and surface.use_regime_vrp else out
 
-# %% ../../nbs/20_vol/25_surface.ipynb #4d027cb8
+# %% ../../nbs/20_vol/25_surface.ipynb #892ef2ab
+MIN_RATIO = 0.05
+
+
+def regime_skew_nodes(
+    skew: SkewSurface,
+    regime: RegimeParams | None = None,  # the active regime
+    deviation: float = 0.0,  # of the 25-delta put less call skew over at-the-money IV
+) -> tuple[np.ndarray, np.ndarray]:  # call deltas ascending, ratios
+    """Nodes of the ratio under a regime; no ratio falls below 0.05."""
+    mode: Literal["put_heavy", "call_heavy", "neutral"] = "put_heavy" if regime is None else regime.skew_mode
+    scale = 1.0 if regime is None else regime.active_skew_scale
+    if deviation:
+        deltas, ratios = skew_nodes(skew, mode)
+        lean = float(np.diff(np.interp([0.25, 0.75], *_with_money(deltas, ratios)))[0]) if deltas.size else 0.0
+        scale += deviation / lean if abs(lean) > 1e-3 else 0.0
+    deltas, ratios = skew_nodes(skew, mode, scale)
+    return deltas, np.maximum(ratios, MIN_RATIO)
+
+
+def _with_money(deltas: np.ndarray, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes with the money among them, at 0.5."""
+    at = int(np.searchsorted(deltas, 0.5))
+    return np.insert(deltas, at, 0.5), np.insert(ratios, at, 1.0)
+
+# %% ../../nbs/20_vol/25_surface.ipynb #4d4c5837
 def compute_synthetic_iv_with_skew(
     surface: VolSurface,
     rv: Any,  # (n,) or one realized volatility, decimal
@@ -290,6 +343,7 @@ def compute_synthetic_iv_with_skew(
     strike: Any,  # (n,) USD
     dte: Any,  # (n,) days to expiry
     underlying: str | None = None,  # asset whose runtime override counts
+    regime: RegimeParams | None = None,  # the active regime
 ) -> np.ndarray:  # (n,) IV, decimal; the same for the call and the put of a strike
     """IV of each option, at its own resulting delta (to 1e-8). Raises `PricingError` where shapes clash."""
     try:
@@ -298,10 +352,50 @@ def compute_synthetic_iv_with_skew(
         raise PricingError(
             f"rv, forward, strike and dte have shapes {[np.shape(x) for x in (rv, forward, strike, dte)]}, which do not broadcast, so nothing was priced"
         ) from error
-    level = get_synthetic_iv(surface, rv_, days, underlying)
+    level = get_synthetic_iv(surface, rv_, days, underlying, regime)
     if not surface.skew.enabled:
         return level
     out = np.empty(level.size)
     flat = [np.ascontiguousarray(x).ravel() for x in (level, f, k, days / 365.0, days)]
-    skewed_iv_kernel(*flat, surface.skew.min_dte, surface.skew.max_dte, *skew_nodes(surface.skew), out)  # type: ignore[call-arg]
+    skewed_iv_kernel(*flat, surface.skew.min_dte, surface.skew.max_dte, *regime_skew_nodes(surface.skew, regime), out)  # type: ignore[call-arg]
     return out.reshape(level.shape)
+
+# %% ../../nbs/20_vol/25_surface.ipynb #5b82a180
+@njit(cache=True, nogil=True, error_model="numpy")
+def _ratio_rows(c, c0, deltas, ratios, out):
+    for i in range(out.size):
+        out[i] = skew_ratio_scalar(c[i], c0[i], deltas, ratios)[0]
+
+
+def get_regime_aware_iv_for_delta(
+    surface: VolSurface,
+    rv: Any,  # (n,) or one realized volatility, decimal
+    delta: Any,  # (n,) or one forward delta: calls in (0, 1), puts in (-1, 0)
+    dte: Any,  # (n,) or one, days to expiry
+    regime: RegimeParams | RegimeState | None = None,  # the active regime, or a state of `model`
+    model: RegimeModel | None = None,  # the model of the state
+    underlying: str | None = None,  # asset whose runtime override counts
+) -> np.ndarray:  # (n,) IV, decimal
+    """IV at a delta under the active regime. Raises `PricingError` for a delta that no option has, or a state without its model."""
+    state, params = _active(regime, model)
+    rv_, d, days = (np.asarray(x, dtype=np.float64) for x in np.broadcast_arrays(rv, delta, dte))
+    known = (np.abs(d) > 0) & (np.abs(d) < 1)
+    if not known.all():
+        raise PricingError(f"delta {d[~known].flat[0]} is of no option, so it has no volatility; give calls in (0, 1), puts in (-1, 0)")
+    level = get_synthetic_iv(surface, rv_, days, underlying, params) * math.exp(state.iv if state else 0.0)
+    inside = surface.skew.enabled & (days >= surface.skew.min_dte) & (days <= surface.skew.max_dte)
+    flat, out = level.ravel(), np.ones(level.size)
+    nodes = regime_skew_nodes(surface.skew, params, state.skew if state else 0.0)
+    c0 = np.array([norm_cdf_scalar(0.5 * v * math.sqrt(t)) for v, t in zip(flat, days.ravel() / 365.0, strict=True)])
+    _ratio_rows(np.where(d > 0, d, 1.0 + d).ravel(), c0, *nodes, out)
+    return np.where(inside, level * out.reshape(level.shape), level)
+
+
+def _active(regime: RegimeParams | RegimeState | None, model: RegimeModel | None) -> tuple[RegimeState | None, RegimeParams | None]:
+    """The state, if one was given, and its parameters."""
+    if not isinstance(regime, RegimeState):
+        return None, regime
+    if model is None or regime.regime not in model.names:
+        why = "no model describes" if model is None else f"is none of {model.names}"
+        raise PricingError(f"the state is in regime {regime.regime!r}, which {why}, so nothing was priced; pass the state's own model")
+    return regime, model.regimes[model.names.index(regime.regime)]
