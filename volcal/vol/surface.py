@@ -22,8 +22,8 @@ from .regimes import RegimeModel, RegimeParams, RegimeState
 # %% auto #0
 __all__ = ['ANCHOR_GAP', 'SKEW_TOLERANCE', 'SKEW_MAX_ROUNDS', 'MIN_LEVEL', 'MIN_RATIO', 'DteBand', 'SkewSurface', 'template_skew',
            'VolSurface', 'term_multiplier', 'skew_nodes', 'skew_ratio_scalar', 'skewed_iv_scalar', 'skewed_iv_kernel',
-           'regime_multiplier', 'effective_multiplier', 'get_synthetic_iv', 'regime_skew_nodes',
-           'compute_synthetic_iv_with_skew', 'get_regime_aware_iv_for_delta']
+           'set_applied_surface', 'applied_surface', 'surface_in_use', 'regime_multiplier', 'effective_multiplier',
+           'get_synthetic_iv', 'regime_skew_nodes', 'compute_synthetic_iv_with_skew', 'get_regime_aware_iv_for_delta']
 
 # %% ../../nbs/20_vol/25_surface.ipynb #78bfe239
 class DteBand(BaseModel):
@@ -249,6 +249,36 @@ def skewed_iv_kernel(level, forward, strike, t, dte, min_dte, max_dte, deltas, r
         else:
             out[i] = level[i]
 
+# %% ../../nbs/20_vol/25_surface.ipynb #5b1c0de2
+_APPLIED: dict[str, VolSurface] = {}
+
+
+def set_applied_surface(
+    underlying: str,  # BTC, SOL_USDC, ... in any case
+    surface: VolSurface | dict[str, Any] | None,  # None: the configured surface serves again
+) -> None:
+    """Let pricing in this process use a surface for an asset. Raises `ConfigError` for a blank asset, `ValueError` for no surface."""
+    asset = underlying.strip().upper() if isinstance(underlying, str) else ""
+    if not asset:
+        raise ConfigError(f"underlying is {underlying!r}, so the surface would belong to nothing; give an asset such as BTC")
+    if surface is None:
+        _APPLIED.pop(asset, None)
+    else:
+        _APPLIED[asset] = VolSurface.model_validate(surface)
+
+
+def applied_surface(underlying: str) -> VolSurface | None:
+    """The surface in use for an asset, where one was applied."""
+    return _APPLIED.get(underlying.strip().upper())
+
+
+def surface_in_use(
+    surface: VolSurface,  # as configured
+    underlying: str | None,  # None reads no applied surface
+) -> VolSurface:
+    """The applied surface of the asset, else the configured one."""
+    return surface if underlying is None else applied_surface(underlying) or surface
+
 # %% ../../nbs/20_vol/25_surface.ipynb #e30f95dd
 def regime_multiplier(
     surface: VolSurface,
@@ -273,12 +303,12 @@ def regime_multiplier(
 def effective_multiplier(
     surface: VolSurface,
     dte: Any,  # (n,) days to expiry
-    underlying: str | None = None,  # asset whose runtime override counts; None reads no override
+    underlying: str | None = None,  # asset whose override and applied surface count; None reads neither
     regime: RegimeParams | None = None,  # the active regime
 ) -> np.ndarray:  # (n,)
-    """Multiplier in force at each DTE: the override where there is one, else the regime's, else the surface's."""
+    """Multiplier in force at each DTE: the override where there is one, else the regime's, else the applied or given surface's."""
     days = np.atleast_1d(np.asarray(dte, dtype=np.float64))
-    out = regime_multiplier(surface, days, regime)
+    out = regime_multiplier(surface_in_use(surface, underlying), days, regime)
     if underlying is None:
         return out
     for day in np.unique(days):
@@ -295,10 +325,11 @@ def get_synthetic_iv(
     surface: VolSurface,
     rv: Any,  # (n,) or one realized volatility, decimal; not read in mode `fixed`
     dte: Any,  # (n,) or one, days to expiry
-    underlying: str | None = None,  # asset whose runtime override counts
+    underlying: str | None = None,  # asset whose override and applied surface count
     regime: RegimeParams | None = None,  # the active regime
 ) -> np.ndarray:  # (n,) at-the-money IV, decimal; with a regime's premium never below 1 %
     """Level of the surface, realized vol x multiplier (+ the regime's premium). Raises `PricingError` where shapes clash."""
+    surface = surface_in_use(surface, underlying)
     try:
         level, days = np.broadcast_arrays(
             np.asarray(surface.fixed_iv if surface.iv_mode == "fixed" else rv, dtype=np.float64), np.asarray(dte, dtype=np.float64)
@@ -342,10 +373,11 @@ def compute_synthetic_iv_with_skew(
     forward: Any,  # (n,) forward of each option's expiry, USD
     strike: Any,  # (n,) USD
     dte: Any,  # (n,) days to expiry
-    underlying: str | None = None,  # asset whose runtime override counts
+    underlying: str | None = None,  # asset whose override and applied surface count
     regime: RegimeParams | None = None,  # the active regime
 ) -> np.ndarray:  # (n,) IV, decimal; the same for the call and the put of a strike
     """IV of each option, at its own resulting delta (to 1e-8). Raises `PricingError` where shapes clash."""
+    surface = surface_in_use(surface, underlying)
     try:
         rv_, f, k, days = (np.asarray(x, dtype=np.float64) for x in np.broadcast_arrays(rv, forward, strike, dte))
     except ValueError as error:
@@ -374,10 +406,10 @@ def get_regime_aware_iv_for_delta(
     dte: Any,  # (n,) or one, days to expiry
     regime: RegimeParams | RegimeState | None = None,  # the active regime, or a state of `model`
     model: RegimeModel | None = None,  # the model of the state
-    underlying: str | None = None,  # asset whose runtime override counts
+    underlying: str | None = None,  # asset whose override and applied surface count
 ) -> np.ndarray:  # (n,) IV, decimal
     """IV at a delta under the active regime. Raises `PricingError` for a delta that no option has, or a state without its model."""
-    state, params = _active(regime, model)
+    surface, (state, params) = surface_in_use(surface, underlying), _active(regime, model)
     rv_, d, days = (np.asarray(x, dtype=np.float64) for x in np.broadcast_arrays(rv, delta, dte))
     known = (np.abs(d) > 0) & (np.abs(d) < 1)
     if not known.all():
