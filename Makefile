@@ -9,7 +9,7 @@ STAMP := $(VENV)/.stamp-installed
 NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test export-check clean-check lint types notebooks-test pytest notebooks docs bench clean
+.PHONY: help setup demo test export-check clean-check lint types notebooks-test pytest notebooks readme docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,9 @@ pytest: $(STAMP)
 notebooks: $(STAMP) ## execute every notebook in place and clean it
 	@for nb in $(NOTEBOOKS); do echo "$$nb"; $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb"; done
 	$(BIN)/nbdev_clean
+
+readme: $(STAMP) ## README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py
 
 docs: $(STAMP) ## the documentation site (needs Quarto)
 	@command -v quarto >/dev/null || { echo "quarto is not installed: the site is built by the docs workflow; every page is a notebook under nbs/, readable in JupyterLab"; exit 1; }
