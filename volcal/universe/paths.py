@@ -6,19 +6,21 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numba import njit
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..units import NS_PER_DAY, NS_PER_YEAR, ConfigError, to_utc
-from ..vol.regimes import RegimeParams, transition_matrix
+from ..vol.regimes import RegimeModel, RegimeParams, load_regime_model, named_transitions, step_ns, transition_matrix
 
 # %% auto #0
-__all__ = ['SpotPath', 'Path', 'simulate_path']
+__all__ = ['SpotPath', 'inline_model', 'path_model', 'draw_normals', 'walk_kernel', 'Paths', 'simulate_paths', 'Path',
+           'price_decimals', 'simulate_path']
 
 # %% ../../nbs/40_universe/41_paths.ipynb #202e2e0c
 class SpotPath(BaseModel):
@@ -26,50 +28,255 @@ class SpotPath(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     start_spot: float = Field(gt=0, description="spot at the start, USD")
-    regimes: tuple[RegimeParams, ...] = Field(min_length=1, description="the regimes; each needs a vol")
+    regimes: tuple[RegimeParams, ...] = Field((), description="the regimes, written out; each needs a vol")
     regime_transitions: dict[str, dict[str, float]] | None = Field(None, description="probability per step, from and to by name; none: the sticky rule")
+    model: str | None = Field(None, description="path of a saved regime model, instead of regimes and regime_transitions")
+    start_regime: str | None = Field(None, description="regime at the start; none: drawn from the stationary distribution")
     step: str = Field("1h", description="length of a step: 5min, 1h, 6h")
     innovations: Literal["gaussian", "student_t", "bootstrap"] = Field("gaussian", description="distribution of the innovations")
+    student_t_df: float = Field(5.0, gt=2, description="degrees of freedom of student_t; the variance stays 1")
+    block_length: float = Field(8.0, ge=1, description="mean length of a bootstrap block, steps")
 
     @model_validator(mode="after")
     def _usable(self) -> SpotPath:
-        silent = [r.name for r in self.regimes if r.vol is None]
-        if silent:
-            raise ValueError(f"regimes {silent} have no vol, so spot cannot move in them; give each a vol, e.g. 0.45")
-        transition_matrix(list(self.regimes), self.regime_transitions)
-        _step_ns(self.step)
+        if bool(self.regimes) == (self.model is not None):
+            raise ValueError("regimes come written out or from a model, not both or neither; give `regimes` or `model`")
+        if self.regimes:
+            _check_model(inline_model(self), self)
+        if NS_PER_DAY % step_ns(self.step):
+            raise ValueError(f"step {self.step!r} does not divide a day, so candles would drift; use 5min, 1h or 6h")
         return self
 
+# %% ../../nbs/40_universe/41_paths.ipynb #52b15c24
+def inline_model(
+    spec: SpotPath,  # with its regimes written out
+) -> RegimeModel:
+    """The regimes of a spec as a model of its step."""
+    matrix = transition_matrix(spec.regimes, spec.regime_transitions)
+    return RegimeModel(regimes=spec.regimes, transitions=named_transitions([r.name for r in spec.regimes], matrix), step=spec.step)
 
-def _step_ns(step: str) -> int:
-    """Nanoseconds of a duration that divides a day."""
-    try:
-        ns = int(pd.Timedelta(step).value)
-    except ValueError as error:
-        raise ConfigError(f"step {step!r} is not a duration; write 5min, 1h or 6h") from error
-    if ns <= 0 or NS_PER_DAY % ns:
-        raise ConfigError(f"step {step!r} does not divide a day, so candles would drift; use 5min, 1h or 6h")
-    return ns
+
+def path_model(
+    spec: SpotPath,
+) -> RegimeModel:  # at the step of the path
+    """The regimes that a path moves under. Raises `ConfigError` where they do not suffice."""
+    model = inline_model(spec) if spec.model is None else load_regime_model(spec.model).at_step(spec.step)
+    _check_model(model, spec)
+    return model
+
+
+def _check_model(model: RegimeModel, spec: SpotPath) -> None:
+    silent = [r.name for r in model.regimes if r.vol is None]
+    if silent:
+        raise ConfigError(f"regimes {silent} have no vol, so spot cannot move in them; give each a vol, e.g. 0.45")
+    if spec.start_regime is not None and spec.start_regime not in model.names:
+        raise ConfigError(f"start_regime {spec.start_regime!r} is no regime; choose from {model.names}")
+    if spec.innovations == "bootstrap":
+        known = set() if model.residuals is None else {int(r) for r in model.residuals["regime"]}
+        bare = [n for i, n in enumerate(model.names) if i not in known]
+        if bare:
+            raise ConfigError(f"bootstrap needs residuals of every regime, but {bare} have none; "
+                              "give a model that was fitted from a harvest, or use student_t")
 
 # %% ../../nbs/40_universe/41_paths.ipynb #c644f513
+_LAYERS = 128
+
+
+def _ziggurat() -> tuple[np.ndarray, np.ndarray]:
+    """Edges (129,) and ratios (128,) of the layers."""
+    r, v = 3.442619855899, 9.91256303526217e-3
+    x = np.zeros(_LAYERS + 1)
+    f = math.exp(-0.5 * r * r)
+    x[0], x[1] = v / f, r
+    for i in range(2, _LAYERS):
+        x[i] = math.sqrt(-2.0 * math.log(v / x[i - 1] + f))
+        f = math.exp(-0.5 * x[i] * x[i])
+    return x, x[1:] / x[:-1]
+
+
+_EDGE, _RATIO = _ziggurat()
+
+
+_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN2, _GOLDEN3 = (np.uint64(n * 0x9E3779B97F4A7C15 % 2**64) for n in (2, 3))
+_TO_UNIT = 2.0**-52
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def _walk(uniform, normal, cumulative, drift, vol, phi, sigma, corr, dt, regime, x, y, out_regime, out_log, out_x, out_y):
-    """Step one path. `normal` is (n, 3); phi and sigma are (k, 2) for IV and skew; `dt` in years."""
-    log_spot, root = 0.0, math.sqrt(dt)
-    for i in range(uniform.size):
-        row = cumulative[regime]
-        following = 0
-        while following < row.size - 1 and uniform[i] > row[following]:
-            following += 1
-        regime = following
-        shock = normal[i, 0]
-        log_spot += (drift[regime] - 0.5 * vol[regime] ** 2) * dt + vol[regime] * root * shock
-        tilt = corr[regime]
-        x = phi[regime, 0] * x + sigma[regime, 0] * (tilt * shock + math.sqrt(1.0 - tilt * tilt) * normal[i, 1])
-        y = phi[regime, 1] * y + sigma[regime, 1] * normal[i, 2]
-        out_regime[i], out_log[i], out_x[i], out_y[i] = regime, log_spot, x, y
+def _mix(s):
+    """64 random bits of a counter (the finaliser of splitmix64)."""
+    v = (s ^ (s >> np.uint64(30))) * _MIX1
+    v = (v ^ (v >> np.uint64(27))) * _MIX2
+    return v ^ (v >> np.uint64(31))
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def _path_counter(seed, number):
+    """Where the counter of a path begins."""
+    return _mix(_mix(np.uint64(seed) * _GOLDEN) ^ (np.uint64(number) * _MIX2))
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _uniform_at(s):
+    """Uniform on (0, 1)."""
+    return ((_mix(s) >> np.uint64(12)) + 0.5) * _TO_UNIT
+
+# %% ../../nbs/40_universe/41_paths.ipynb #dc59089d
+@njit(cache=True, nogil=True, error_model="numpy")
+def _rare_normal(i, u, s):
+    """The edges and the tail of the ziggurat, from a stream of their own."""
+    while True:
+        if i == 0:
+            x, y = 0.0, 0.0
+            while -2.0 * y < x * x or y == 0.0:
+                x, y = math.log(_uniform_at(s + _GOLDEN)) / _EDGE[1], math.log(_uniform_at(s + _GOLDEN2))
+                s += _GOLDEN2
+            return x - _EDGE[1] if u < 0.0 else _EDGE[1] - x
+        x = u * _EDGE[i]
+        f0, f1 = math.exp(-0.5 * (_EDGE[i] ** 2 - x * x)), math.exp(-0.5 * (_EDGE[i + 1] ** 2 - x * x))
+        s += _GOLDEN
+        if f1 + _uniform_at(s) * (f0 - f1) < 1.0:
+            return x
+        s += _GOLDEN
+        b = _mix(s)
+        i, u = np.int64(b & np.uint64(127)), (b >> np.uint64(11)) * _TO_UNIT - 1.0
+        if abs(u) < _RATIO[i]:
+            return u * _EDGE[i]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _normal_at(s):
+    """Standard normal of a counter."""
+    b = _mix(s)
+    i, u = np.int64(b & np.uint64(127)), (b >> np.uint64(11)) * _TO_UNIT - 1.0
+    if abs(u) < _RATIO[i]:
+        return u * _EDGE[i]
+    return _rare_normal(i, u, b)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _gamma_at(s, shape):
+    """Gamma variate of a shape of at least 1 (Marsaglia and Tsang, 2000), from a stream of its own."""
+    d, s = shape - 1.0 / 3.0, _mix(s)
+    c = 1.0 / math.sqrt(9.0 * d)
+    while True:
+        x, u = _normal_at(s + _GOLDEN), _uniform_at(s + _GOLDEN2)
+        s += _GOLDEN2
+        v = (1.0 + c * x) ** 3
+        if v > 0.0 and math.log(u) < 0.5 * x * x + d * (1.0 - v + math.log(v)):
+            return d * v
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def draw_normals(seed, number, out):
+    """Fill `out` with the normals of one path's stream."""
+    s = _path_counter(seed, number)
+    for i in range(out.size):
+        s += _GOLDEN
+        out[i] = _normal_at(s)
+
+# %% ../../nbs/40_universe/41_paths.ipynb #77a7ccbd
+@njit(cache=True, nogil=True, error_model="numpy")
+def _next_block(s, at, regime, pool_regime, follows, leave):
+    """Row of the pool for this step: the next one of its block, or a new block of the regime."""
+    if at >= 0 and at + 1 < pool_regime.size and follows[at + 1] and pool_regime[at + 1] == regime and _uniform_at(s) > leave:
+        return at + 1
+    s = _mix(s)
+    while True:
+        s += _GOLDEN
+        at = np.int64(_uniform_at(s) * pool_regime.size)
+        if pool_regime[at] == regime:
+            return at
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi_iv, sigma_iv, phi_skew, sigma_skew, corr, log_m, kind, shape,
+                pool, pool_regime, follows, leave, out_regime, out_log, out_x, out_y):
+    """Paths `first`, `first + 1`, ...; outputs (paths, records), a record every `every` steps after `burn` steps. kind: 0 normal, 1 t, 2 pool."""
+    k, step_drift, step_vol, tilt = vol.size, (drift - 0.5 * vol**2) * dt, vol * math.sqrt(dt), np.sqrt(1.0 - corr**2)
+    for p in range(out_log.shape[0]):
+        s = _path_counter(seed, first + p)
+        regime, log_spot, x, y, at = 0, 0.0, 0.0, 0.0, -1
+        while regime < k - 1 and _uniform_at(s) > start[regime]:
+            regime += 1
+        for record in range(-1, out_log.shape[1]):
+            for _ in range(burn if record < 0 else every):
+                s += _GOLDEN
+                u, new = _uniform_at(s), 0
+                while new < k - 1 and u > cumulative[regime, new]:
+                    new += 1
+                x += log_m[regime] - log_m[new]
+                regime = new
+                if kind == 2:
+                    s += _GOLDEN
+                    at = _next_block(s, at, regime, pool_regime, follows, leave)
+                    a, b, c = pool[at, 0], pool[at, 1], pool[at, 2]
+                else:
+                    a, b, c = _normal_at(s + _GOLDEN), _normal_at(s + _GOLDEN2), _normal_at(s + _GOLDEN3)
+                    s += _GOLDEN3
+                    b = corr[regime] * a + tilt[regime] * b
+                    if kind == 1:
+                        fat = math.sqrt((shape - 1.0) / _gamma_at(s ^ _MIX2, shape))
+                        a, b = a * fat, b * fat
+                log_spot += step_drift[regime] + step_vol[regime] * a
+                x, y = phi_iv[regime] * x + sigma_iv[regime] * b, phi_skew[regime] * y + sigma_skew[regime] * c
+            if record < 0:
+                log_spot = 0.0
+            else:
+                out_regime[p, record], out_log[p, record], out_x[p, record], out_y[p, record] = regime, log_spot, x, y
+
+# %% ../../nbs/40_universe/41_paths.ipynb #14ca927b
+@dataclass(frozen=True)
+class Paths:
+    """Many paths; arrays of (paths, records)."""
+
+    regime: np.ndarray  # int8, index into the regimes
+    log_return: np.ndarray  # ln(spot / start)
+    iv: np.ndarray  # x = ln(IV / (RV m))
+    skew: np.ndarray  # deviation of the 25-delta skew over ATM IV
+
+
+def _arguments(model: RegimeModel, spec: SpotPath) -> tuple:
+    """Arrays of the kernel."""
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(r, name) for r in model.regimes], dtype=np.float64)
+    start = np.cumsum([1.0 if n == spec.start_regime else 0.0 for n in model.names] if spec.start_regime else list(model.stationary().values()))
+    log_m = np.log([r.multiplier() or 1.0 for r in model.regimes]) if all(r.multiplier() for r in model.regimes) else np.zeros(len(model.regimes))
+    kind = ("gaussian", "student_t", "bootstrap").index(spec.innovations)
+    held = model.residuals if kind == 2 and model.residuals is not None else {"regime": (), "follows": (), "spot": (), "iv": (), "skew": ()}
+    pool = np.column_stack([np.array(held[n], dtype=np.float64) for n in ("spot", "iv", "skew")])
+    columns = [column(name) for name in ("drift", "vol", "phi_iv", "sigma_iv", "phi_skew", "sigma_skew", "spot_iv_corr")]
+    return (step_ns(spec.step) / NS_PER_YEAR, start, model.matrix.cumsum(axis=1), *columns, log_m, kind, 0.5 * spec.student_t_df, pool,
+            np.array(held["regime"], dtype=np.int64), np.array(held["follows"], dtype=bool), 1.0 / spec.block_length)
+
+# %% ../../nbs/40_universe/41_paths.ipynb #0103f0ac
+def simulate_paths(
+    spec: SpotPath,
+    paths: int,
+    steps: int,
+    seed: int = 0,
+    every: int = 1,  # keep every so many steps
+    burn: int = 0,  # steps before the first, for the deviations and the regime to settle
+    first: int = 0,  # number of the first path
+    threads: int = 2,
+) -> Paths:
+    """Many paths under one spec. Path `first + i` does not depend on how many there are. Raises `ConfigError`."""
+    if paths < 1 or steps < 1 or every < 1 or steps % every:
+        raise ConfigError(f"{paths} paths of {steps} steps kept every {every} make no records; give positive numbers, steps a multiple of every")
+    arguments = _arguments(path_model(spec), spec)
+    shape = (paths, steps // every)
+    out = Paths(np.empty(shape, np.int8), np.empty(shape), np.empty(shape), np.empty(shape))
+    edges = np.linspace(0, paths, min(threads, paths) + 1).astype(int)
+
+    def part(a: int, b: int) -> None:
+        outputs = [x[a:b] for x in (out.regime, out.log_return, out.iv, out.skew)]
+        walk_kernel(seed, first + a, burn, every, *arguments, *outputs)  # type: ignore[call-arg]
+
+    with ThreadPoolExecutor(len(edges) - 1) as pool:
+        list(pool.map(part, edges[:-1], edges[1:]))
+    return out
+
+# %% ../../nbs/40_universe/41_paths.ipynb #52790afe
 @dataclass(frozen=True)
 class Path:
     """One simulated path; arrays of (n,), the state at the end of each step."""
@@ -78,34 +285,41 @@ class Path:
     regime: np.ndarray  # int, index into the regimes
     spot: np.ndarray  # USD
     iv_noise: np.ndarray  # x = ln(IV / (RV m))
-    skew_noise: np.ndarray  # deviation of the skew scale
+    skew_noise: np.ndarray  # deviation of the 25-delta skew over ATM IV
     candles: pd.DataFrame  # timestamp (opening time), open, high, low, close
+    model: RegimeModel  # at the step of the path
 
-# %% ../../nbs/40_universe/41_paths.ipynb #dc59089d
+
+def price_decimals(
+    price: float,  # USD
+) -> int:
+    """Decimals of an index price: two for BTC and ETH, more for small coins."""
+    return int(np.clip(6 - math.floor(math.log10(price)), 2, 8)) if price < 1000 else 2
+
+
 def simulate_path(
     spec: SpotPath,
     start: Any,  # opening time of the first step
     steps: int,
     seed: int,
 ) -> Path:
-    """One path with its candles. The same seed gives the same numbers."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    uniform, normal, extremes = rng.random(steps), rng.standard_normal((steps, 3)), rng.random((steps, 2))
-    matrix, ns = transition_matrix(list(spec.regimes), spec.regime_transitions), _step_ns(spec.step)
-    def column(*names: str) -> np.ndarray: return np.array([[getattr(r, n) for n in names] for r in spec.regimes], dtype=np.float64)
-    regime, log_spot, x, y = np.empty(steps, np.int64), np.empty(steps), np.empty(steps), np.empty(steps)
-    vol = column("vol")[:, 0]
-    _walk(uniform, normal, matrix.cumsum(axis=1), column("drift")[:, 0], vol, column("phi_iv", "phi_skew"),
-          column("sigma_iv", "sigma_skew"), column("spot_iv_corr")[:, 0], ns / NS_PER_YEAR, 0, 0.0, 0.0, regime, log_spot, x, y)
-    spot = np.round(spec.start_spot * np.exp(log_spot), 2)
-    opened = to_utc(start).value + ns * np.arange(steps)
-    candles = _candles(opened, np.append(spec.start_spot, spot), vol[regime] ** 2 * (ns / NS_PER_YEAR), extremes)
-    return Path(opened + ns, regime, spot, x, y, candles)
+    """Path number 0 with its candles. The same seed gives the same numbers."""
+    model, ns = path_model(spec), step_ns(spec.step)
+    one = simulate_paths(spec, 1, steps, seed, threads=1)
+    regime, digits = one.regime[0].astype(np.int64), price_decimals(spec.start_spot)
+    spot = np.round(spec.start_spot * np.exp(one.log_return[0]), digits)
+    opened = to_utc(start).as_unit("ns").value + ns * np.arange(steps)
+    vol = np.array([r.vol for r in model.regimes], dtype=np.float64)
+    reach = np.random.Generator(np.random.PCG64(seed)).random((steps, 2))
+    candles = _candles(opened, np.append(np.round(spec.start_spot, digits), spot), vol[regime] ** 2 * (ns / NS_PER_YEAR), reach, digits)
+    return Path(opened + ns, regime, spot, one.iv[0], one.skew[0], candles, model)
 
 
-def _candles(opened: np.ndarray, price: np.ndarray, variance: np.ndarray, uniform: np.ndarray) -> pd.DataFrame:
-    """Candles with the high and low of a Brownian bridge between open and close."""
+def _candles(opened: np.ndarray, price: np.ndarray, variance: np.ndarray, uniform: np.ndarray, digits: int) -> pd.DataFrame:
+    """Candles with the high and low of a Brownian bridge."""
     a, b = np.log(price[:-1]), np.log(price[1:])
-    reach = np.sqrt((b - a)[:, None] ** 2 - 2.0 * variance[:, None] * np.log(uniform))
-    high, low = np.exp(0.5 * (a + b + reach[:, 0])), np.exp(0.5 * (a + b - reach[:, 1]))
-    return pd.DataFrame({"timestamp": pd.to_datetime(opened, utc=True), "open": price[:-1], "high": np.round(high, 2), "low": np.round(low, 2), "close": price[1:]})
+    reach = np.sqrt((b - a)[:, None] ** 2 - 2.0 * variance[:, None] * np.log(1.0 - uniform))
+    high, low = np.round(np.exp(0.5 * (a + b + reach[:, 0])), digits), np.round(np.exp(0.5 * (a + b - reach[:, 1])), digits)
+    body = np.stack([price[:-1], price[1:]])
+    return pd.DataFrame({"timestamp": pd.to_datetime(opened, utc=True), "open": price[:-1], "high": np.maximum(high, body.max(axis=0)),
+                         "low": np.minimum(low, body.min(axis=0)), "close": price[1:]})
