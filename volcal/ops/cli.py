@@ -58,15 +58,14 @@ class VolcalGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            from volcal.units import GuardrailError, VolcalError
-
-            if ctx.params.get("debug") or not isinstance(error, (VolcalError, OSError)):
+            units: Any = sys.modules.get("volcal.units")  # not loaded: no domain error can have been raised
+            domain = units is not None and isinstance(error, units.VolcalError)
+            if ctx.params.get("debug") or not (domain or isinstance(error, OSError)):
                 raise
-            told = str(error) if isinstance(error, VolcalError) else f"{error}; `volcal --debug ...` shows where"
-            say(f"volcal: {told}")
-            raise typer.Exit(Exit.failed if isinstance(error, GuardrailError) else Exit.error) from None
+            say(f"volcal: {error}" + ("" if domain else "; `volcal --debug ...` shows where"))
+            raise typer.Exit(Exit.failed if domain and isinstance(error, units.GuardrailError) else Exit.error) from None
 
-# %% ../../nbs/50_ops/53_cli.ipynb #c9bfaef3
+
 app = typer.Typer(
     cls=VolcalGroup,
     no_args_is_help=True,

@@ -369,7 +369,7 @@ def _execute(source: Path, output: Path, parameters: dict[str, Any]) -> str:
             report_mode=True,
             autosave_cell_every=0,
             cwd=os.getcwd(),
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
         )
     except PapermillExecutionError as error:
         return f"{error.ename}: {error.evalue}"

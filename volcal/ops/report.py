@@ -101,7 +101,7 @@ def shown(
     if value is None or not np.isfinite(value):
         return "–"
     rounded = 0.0 if round(value, digits) == 0 else value
-    text = f"{rounded:{'+' if sign else ''},.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
+    text = f"{rounded:{'+' if sign and rounded else ''},.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
     return text.replace("-", "−") + unit
 
 
@@ -248,19 +248,13 @@ def _tile(label: str, value: str, note: str) -> str:
 def tiles(result: CalibrationResult) -> Block:
     """The six figures to remember."""
     now, after = result.global_metrics or Metrics(), judged_metrics(result)
-    stderr = f"± {shown(result.rv_stderr * 100.0, 0)} % (s.e.), " if result.rv_stderr is not None else ""
+    stderr = f"std. error {shown(result.rv_stderr * 100.0, 0)} %, " if result.rv_stderr is not None else ""
     cells = [
         _tile("Multiplier", shown(result.recommended_iv_multiplier, 3), f"now {shown(result.iv_multiplier, 3)}"),
         _tile("ATM implied vol", percent(result.atm_iv), f"spot {shown(result.spot, 0 if (result.spot or 0) > 100 else 3)} USD"),
         _tile("Realized vol", percent(result.rv_annualized), f"{stderr}from {(result.rv_source or '–').replace('_', ' ')}"),
-        _tile(
-            "Vega-weighted error", shown(after.vega_weighted_mae_pct, 1, " %"), f"now {shown(now.vega_weighted_mae_pct, 1, ' %')}, of price"
-        ),
-        _tile(
-            "Vega-weighted error",
-            shown(after.vega_weighted_mae_vol_points, 2, " pts"),
-            f"now {shown(now.vega_weighted_mae_vol_points, 2, ' pts')}, of volatility",
-        ),
+        _tile("Price error", shown(after.vega_weighted_mae_pct, 1, " %"), f"vega-weighted; now {shown(now.vega_weighted_mae_pct, 1, ' %')}"),
+        _tile("Volatility error", shown(after.vega_weighted_mae_vol_points, 2, " pts"), f"vega-weighted; now {shown(now.vega_weighted_mae_vol_points, 2)}"),
         _tile("Evidence", f"{after.count:,}", f"options of {result.snapshot_count or 0:,} snapshots"),
     ]
     return Block(f'<div class="vc-tiles">{"".join(cells)}</div>')
@@ -547,11 +541,11 @@ def _heat(ax: Axes, grid: np.ndarray, limit: float, low: float, high: float) -> 
             fontsize=8.5,
             color="white" if abs(grid[i, j]) > 0.62 * limit else "#1c2530",
         )
-    inside = [i for i in range(len(HEAT_DTE) - 1) if HEAT_DTE[i] < high and HEAT_DTE[i + 1] > low]
+    inside = [i for i in range(len(grid)) if HEAT_DTE[i] < high and HEAT_DTE[i + 1] > low]
     if inside:
         ax.add_patch(Rectangle((-0.5, inside[0] - 0.5), len(HEAT_NAMES), len(inside), fill=False, edgecolor="#1c2530", linewidth=1.6))
     ax.set_xticks(range(len(HEAT_NAMES)), HEAT_NAMES, fontsize=8)
-    ax.set_yticks(range(len(HEAT_DTE) - 1), [f"{a:g}–{b:g}" for a, b in zip(HEAT_DTE, HEAT_DTE[1:], strict=False)])
+    ax.set_yticks(range(len(grid)), [f"{a:g}–{b:g}" for a, b in zip(HEAT_DTE, HEAT_DTE[1 : len(grid) + 1], strict=False)])
     ax.grid(False)
     return image
 
@@ -566,10 +560,11 @@ def heat_figure(
     used = np.flatnonzero(grids["recommended"][1].sum(axis=1))
     if not used.size:
         return nothing("no option of the window could be priced")
+    last = used[-1] + 1
     limit = max(3.0, float(np.nanquantile(np.abs([g for g, _ in grids.values()]), 0.9)))
     fig, axes = figure(1, 2, PAGE_WIDTH, 3.4, sharey=True)
     for ax, (name, (grid, count)) in zip(axes, grids.items(), strict=True):
-        image = _heat(ax, grid, limit, low, high)
+        image = _heat(ax, grid[:last], limit, low, high)
         mean = mean_error(quotes, "now_iv" if name == "surface now" else "recommended_iv", low, high)
         _titled(ax, f"{name}: mean |error| {shown(mean)} points at {low:g}–{high:g} days, n = {count.sum():,}", fontsize=9.5)
     axes[0].set_ylabel("days to expiry")
@@ -692,10 +687,13 @@ def timeline_figure(result: CalibrationResult) -> Picture | Block:
     if result.recommended_iv_multiplier is not None:
         low.axhline(result.recommended_iv_multiplier, color=RECOMMENDED, label=f"recommended {result.recommended_iv_multiplier:.3f}")
     low.set(ylabel="multiplier")
+    middle = result.recommended_iv_multiplier or result.iv_multiplier or 1.0
+    low.set_ylim(min(low.get_ylim()[0], middle - 0.05), max(low.get_ylim()[1], middle + 0.05))
     low.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
     low.xaxis.set_major_formatter(mdates.ConciseDateFormatter(low.xaxis.get_major_locator()))
     hours = sum((end - start).total_seconds() for start, end in gaps) / 3600.0
-    _titled(top, f"Realized and implied volatility, {result.snapshot_count} snapshots, {len(gaps)} gaps of {hours:.0f} hours in all (UTC)")
+    told = f"gaps: {len(gaps)}, together {hours:.0f} hours" if gaps else "no gaps"
+    _titled(top, f"Realized and implied volatility, {result.snapshot_count} snapshots, {told} (UTC)")
     return as_picture(
         fig,
         f"Realized vol and at-the-money implied vol through the window, with {len(gaps)} gaps shaded; below, their ratio against the "
