@@ -26,8 +26,10 @@ from volcal.calibration.result import (
     LiquidityFilters,
     MultiplierCandidates,
     OptionTypeResult,
+    RegimeEnvironment,
     Reproducibility,
     ResidualsSummary,
+    SensorValue,
     SkewFit,
     SkewMisfit,
     TimeRange,
@@ -41,6 +43,7 @@ from .sums import Fit, Plan, Sums, errors_of, fit_sums, group_candidates, stacke
 from ..settings import ANCHOR_DELTAS
 from ..units import DAYS_PER_YEAR, ConfigError, NoUsableDataError
 from ..vol.overrides import active_iv_multiplier_overrides
+from ..vol.sensors import RESULT_SENSORS, SensorTable, sensor_summary
 from ..vol.surface import DteBand, SkewSurface, VolSurface, template_skew
 
 # %% auto #0
@@ -261,6 +264,9 @@ class Source:
     harvest_range: dict[str, Any] = field(default_factory=dict)
     files_hash: str | None = None
     regime_hash: str | None = None
+    regime_vrp: dict[str, float | None] = field(default_factory=dict)  # VRP of each regime in its model, decimal
+    sensors: SensorTable | None = None  # of every snapshot of the window
+    regime: np.ndarray | None = None  # (snapshots of `sensors`,) regime number, -1 unknown
     events: Counter = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
 
@@ -395,6 +401,33 @@ def _window_blocks(sums: Sums, source: Source) -> dict[str, Any]:
     }
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #df13838a
+def _environment(v: Verdict, sums: Sums, plan: Plan, source: Source) -> dict[str, RegimeEnvironment]:
+    """One entry per regime of the model, empty ones too."""
+    if source.sensors is None or source.regime is None:
+        return {}
+    out = {}
+    for number, name in enumerate(plan.regimes):
+        here = source.sensors.frame[source.regime == number]
+        group = plan.layout.number("regime", name)
+        metrics, sensors = metrics_from_sums(sums.groups[group]), {s: float(here[s].mean()) for s in RESULT_SENSORS}
+        known = source.regime_vrp.get(name)
+        out[name] = RegimeEnvironment(
+            share=len(here) / len(source.regime), count=metrics["count"], snapshots=len(here), sensors=sensors,
+            metrics=global_metrics(metrics, float(v.fit.levels[group])), bias_pct=metrics["bias_pct"],
+            vrp_drift=None if known is None else sensors["vrp_30d"] - known, multiplier=float(v.fit.levels[group]),
+        )
+    return out
+
+
+def _sensor_blocks(v: Verdict, sums: Sums, plan: Plan, source: Source) -> dict[str, Any]:
+    """Sensors and environment, where there are sensors."""
+    values = {} if source.sensors is None else sensor_summary(source.sensors)
+    return {
+        "snapshot_sensors": {name: SensorValue(**value) for name, value in values.items()},
+        "environment_summary": _environment(v, sums, plan, source),
+    }
+
+# %% ../../nbs/30_calibration/36_engine.ipynb #0c9fa71b
 def finish(
     sums: Sums,
     plan: Plan,
@@ -417,6 +450,7 @@ def finish(
         error_ladder=_ladder_block(v, sums, plan), reproducibility=_reproducibility(config, source),
         active_overrides=[to_plain(override) for override in active_iv_multiplier_overrides()],
         **_metric_blocks(v, sums, plan), **_skew_and_surface_blocks(v, plan), **_window_blocks(sums, source),
+        **_sensor_blocks(v, sums, plan, source),
     )
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #b759a9c4

@@ -25,14 +25,17 @@ from .sums import Plan, Sums, add_sums, chain_sums, empty_sums, make_plan, stack
 from ..market.chain import Chain, normalize_chain
 from ..market.quality import DataQuality, assess_window
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
-from ..units import ConfigError, NoUsableDataError
-from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, realized_vol
+from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
+from ..vol.realized import PriceSeries, RealizedVol, realized_vol
+from ..vol.regimes import RegimeModel, load_regime_model
+from ..vol.sensors import DailyBars, HarvestLevels, SensorTable, finish_sensors, harvest_sensor_table, iv_history_of, price_context
 
 log = logging.getLogger("volcal.historical")
 
 # %% auto #0
 __all__ = ['log', 'PRICE_COLUMNS', 'window_refs', 'snapshot_prices', 'window_prices', 'DayTask', 'DayResult', 'read_day',
-           'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'run_historical_calibration_from_harvest']
+           'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'window_regimes',
+           'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
 def window_refs(store: Store, harvest: HarvestConfig) -> list[SnapshotRef]:
@@ -60,54 +63,34 @@ def snapshot_prices(
     store: Store,
     refs: list[SnapshotRef],
     batch_size: int = 288,  # snapshots read at a time
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # index: time_ns, index_price; forwards: time_ns, expiry_ns, forward
-    """Index price and forwards of each snapshot: medians over its rows. Unreadable files are left to pass 1 to count."""
-    index, forwards = [], []
+) -> HarvestLevels:  # levels: time, index_price; forwards: time_ns, expiry_ns, forward
+    """Index price and forwards of each snapshot, medians over its rows, without normalising it. Unreadable files are left to pass 1 to count."""
+    index, forwards = [pd.DataFrame({"time": pd.DatetimeIndex([], tz="UTC"), "index_price": []})], []
     for start in range(0, len(refs), batch_size):
-        batch = store.read_batch(refs[start : start + batch_size], columns=PRICE_COLUMNS)
-        frame = batch.frame.assign(time_ns=batch.frame["harvest_time"].array.asi8)
+        frame = store.read_batch(refs[start : start + batch_size], columns=PRICE_COLUMNS).frame
         frame = frame[frame["harvest_time"].notna()]
-        if frame.empty:
-            continue
-        last = frame.groupby("snapshot")["time_ns"].max()
-        median = frame.groupby("snapshot")["index_price"].median() if "index_price" in frame else last * np.nan
-        index.append(pd.DataFrame({"time_ns": last, "index_price": median}))
+        last = frame.groupby("snapshot")["harvest_time"].max()
+        index.append(pd.DataFrame({"time": last, "index_price": frame.groupby("snapshot")["index_price"].median()}))
         dated = frame[frame["expiry"].notna() & (frame["underlying_price"] > 0)]
         by_expiry = dated.groupby(["snapshot", "expiry"])["underlying_price"].median().reset_index()
-        forwards.append(
-            pd.DataFrame(
-                {
-                    "time_ns": last.reindex(by_expiry["snapshot"]).to_numpy(),
-                    "expiry_ns": by_expiry["expiry"].array.asi8,
-                    "forward": by_expiry["underlying_price"],
-                }
-            )
-        )
-
-    def joined(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({c: [] for c in columns})
-
-    return joined(index, ["time_ns", "index_price"]), joined(forwards, ["time_ns", "expiry_ns", "forward"])
+        times = epoch_ns(last.reindex(by_expiry["snapshot"]))
+        forwards.append(pd.DataFrame({"time_ns": times, "expiry_ns": epoch_ns(by_expiry["expiry"]), "forward": by_expiry["underlying_price"]}))
+    return HarvestLevels(pd.concat(index, ignore_index=True), pd.concat(forwards, ignore_index=True))
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #f68c9a5c
 def window_prices(
     store: Store,
     harvest: HarvestConfig,
     refs: list[SnapshotRef],  # the window, in time order
-) -> PriceSeries:
-    """Prices for realized volatility, from the first source in the order that serves the window."""
-    explicit = load_price_history(harvest.price_history) if harvest.price_history else None
-    history = store.read_history(refs[0].asset, "ohlc")
-    span = {"start": refs[0].time, "end": refs[-1].time}
-    if explicit is not None or history is not None:
-        try:
-            return choose_price_series(explicit, history, **span)
-        except NoUsableDataError:
-            log.info("prices: no candles serve the window, the snapshots are read for prices")
-    index, forwards = snapshot_prices(
-        store, store.find(refs[0].asset, harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time)
-    )
-    return choose_price_series(explicit, history, tuple(index[c] for c in index), tuple(forwards[c] for c in forwards), **span)
+) -> tuple[PriceSeries | None, DailyBars | None]:
+    """Prices and daily bars from the first source in the order that serves the window; None where there is no price."""
+    asset, span = refs[0].asset, (refs[0].time, refs[-1].time)
+    found = price_context(store, asset, harvest.price_history, None, *span)
+    if found[0] is not None:
+        return found
+    log.info("prices: no candles serve the window, its snapshots are read for prices")
+    every = store.find(asset, harvest.start_time or span[0], harvest.end_time or span[1])
+    return price_context(store, asset, harvest.price_history, snapshot_prices(store, every), *span)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #76d1b797
 @dataclass(frozen=True)
@@ -229,7 +212,7 @@ def _expected_rows(store: Store, refs: list[SnapshotRef]) -> int:
     return int(np.ceil(len(batch.frame) / max(len(batch.refs), 1) * len(refs)))
 
 
-def _files_hash(refs: list[SnapshotRef], store: Store) -> str:
+def _files_hash(refs: list[SnapshotRef]) -> str:
     """A digest of which snapshots were used: asset and minute of each."""
     text = "\n".join(f"{ref.asset} {ref.time.isoformat()}" for ref in refs)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -245,6 +228,41 @@ def trusted_rv(
     found = realized_vol(series, times, config.rv_window_days, config.min_rv_coverage, config.min_rv_n_eff)
     return np.where(found.trusted, found.rv, np.nan), found
 
+# %% ../../nbs/30_calibration/37_historical.ipynb #6caf57dc
+def window_regimes(
+    store: Store,
+    config: CalibrationConfig,
+    refs: list[SnapshotRef],
+) -> tuple[RegimeModel, np.ndarray] | None:  # the model and (refs,) regime numbers, -1 unknown; None without a model
+    """Regime of each snapshot. Raises `ConfigError` for a model that cannot label."""
+    if not config.regimes or config.harvest is None:
+        return None
+    model, h = load_regime_model(config.regimes), config.harvest
+    trained_on = model.provenance.get("underlying", refs[0].asset)
+    if trained_on != refs[0].asset:
+        raise ConfigError(
+            f"the regime model {config.regimes} was trained on {trained_on}, not on {refs[0].asset}, so its labels would mean nothing; "
+            f"build one for {refs[0].asset}"
+        )
+    thinning: dict[str, Any] = {"snapshot_step": h.snapshot_step, "max_snapshots": h.max_snapshots or None}
+    past = iv_history_of(store.read_history(refs[0].asset, "dvol"))
+    table = harvest_sensor_table(
+        store, refs[0].asset, h.start_time, h.end_time, price_history=h.price_history, forward=h.forward, iv_history=past, **thinning
+    )
+    labels = np.full(len(refs), -1)
+    place = np.searchsorted([ref.time.value for ref in refs], epoch_ns(table.frame["time"]), side="right") - 1
+    labels[place[place >= 0]] = model.predict(table.frame)[place >= 0]
+    return model, labels
+
+
+def _regime_notes(model: RegimeModel, labels: np.ndarray, refs: list[SnapshotRef]) -> list[str]:
+    """What a reader of the environment must know of its labels."""
+    notes = [] if (labels >= 0).all() else [f"{int((labels < 0).sum())} of {len(labels)} snapshots lack a feature of the regime model and have no regime"]
+    start, end = model.provenance.get("start"), model.provenance.get("end")
+    if start and end and to_utc(start) <= refs[-1].time and to_utc(end) >= refs[0].time:
+        notes.append(f"the regime model was trained on {start} to {end}, which overlaps this window: its labels are in-sample")
+    return notes
+
 # %% ../../nbs/30_calibration/37_historical.ipynb #5600556e
 def run_historical_calibration_from_harvest(
     config: CalibrationConfig | dict[str, Any] | str | Path,  # with a harvest section
@@ -259,44 +277,62 @@ def run_historical_calibration_from_harvest(
         )
     store, harvest = Store(config.harvest.data_root), config.harvest
     refs = window_refs(store, harvest)
-    series, notes = _prices_or_note(store, harvest, refs)
+    series, bars = window_prices(store, harvest, refs)
     rv, basis = trusted_rv(series, refs, config)
-    untrusted = int(np.isnan(rv).sum())
-    some = untrusted < len(refs)
-    notes += [] if untrusted == 0 else [_rv_note(config, basis, untrusted, len(refs), series)]
-    plan = make_plan(config, _expected_rows(store, refs))
-    tasks = split_days(refs, harvest.data_root, rv if some else np.full(len(refs), config.default_iv), None, plan)
+    known = np.isfinite(rv)
+    regimes = window_regimes(store, config, refs)
+    plan = make_plan(config, _expected_rows(store, refs), tuple(regimes[0].names) if regimes else ())
+    served = rv if known.any() else np.full(len(refs), config.default_iv)
+    tasks = split_days(refs, harvest.data_root, served, regimes[1] if regimes else None, plan)
     boundary = _boundary(refs, config.validation_fraction)
     sums, early, failures = _reduce(tasks, executor, plan, boundary, progress)
-    quality = _quality(sums, failures, harvest, refs)
-    events = Counter(
-        {"snapshots_without_trusted_rv": untrusted, "default_iv_used": 0 if some else len(refs), "schema_failures": len(failures)}
-    )
-    stderr = basis.stderr[np.flatnonzero(np.isfinite(rv))[-1]] if some and basis is not None else None
+    notes = list(series.notes) if series is not None else []
+    rv_notes = [] if known.all() else [_rv_note(config, basis, int((~known).sum()), len(refs), series)]
+    notes += rv_notes + (_regime_notes(*regimes, refs) if regimes else [])
     source = Source(
-        "harvested",
-        as_of=refs[-1].time.to_pydatetime(),
-        rv_source=series.source if some and series is not None else f"default_iv = {config.default_iv:g}",
-        rv_stderr=stderr,
-        rv_trusted=some,
-        data_quality=_degrade(quality, not some, notes),
-        files_hash=_files_hash(refs, store),
-        events=events,
-        notes=tuple(notes),
+        "harvested", as_of=refs[-1].time.to_pydatetime(), files_hash=_files_hash(refs), notes=tuple(notes),
+        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes),
+        events=_event_counts(known, failures),
         harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
+        **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, bars, refs, regimes),
     )
     return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #b15cd61b
-def _prices_or_note(store: Store, harvest: HarvestConfig, refs: list[SnapshotRef]) -> tuple[PriceSeries | None, list[str]]:
-    """Prices, or why there are none."""
-    try:
-        series = window_prices(store, harvest, refs)
-    except NoUsableDataError as error:
-        return None, [str(error)]
-    return series, list(series.notes)
+def _rv_fields(config: CalibrationConfig, series: PriceSeries | None, basis: RealizedVol | None, known: np.ndarray) -> dict[str, Any]:
+    """Source and relative standard error of RV, the error of the last trusted snapshot."""
+    if series is None or basis is None or not known.any():
+        return {"rv_source": f"default_iv = {config.default_iv:g}", "rv_stderr": None, "rv_trusted": False}
+    return {"rv_source": series.source, "rv_stderr": float(basis.stderr[np.flatnonzero(known)[-1]]), "rv_trusted": True}
 
 
+def _event_counts(known: np.ndarray, failures: list[SchemaFailure]) -> Counter:
+    """What happened beside the rows: snapshots without a trusted RV, files that failed."""
+    served = 0 if known.any() else known.size
+    return Counter({"snapshots_without_trusted_rv": int((~known).sum()), "default_iv_used": served, "schema_failures": len(failures)})
+
+
+def _sensor_fields(
+    store: Store,
+    sums: Sums,
+    series: PriceSeries | None,
+    bars: DailyBars | None,
+    refs: list[SnapshotRef],
+    regimes: tuple[RegimeModel, np.ndarray] | None,
+) -> dict[str, Any]:
+    """Sensors of the window from its timeline, and the regime of each of its rows."""
+    levels = stacked(sums.timeline)
+    if levels.empty:
+        return {}
+    table: SensorTable = finish_sensors(levels, series, bars, iv_history_of(store.read_history(refs[0].asset, "dvol")))
+    if regimes is None:
+        return {"sensors": table}
+    place = np.searchsorted([ref.time.value for ref in refs], epoch_ns(levels["time"]), side="right") - 1
+    digest = hashlib.sha256(regimes[0].to_json().encode()).hexdigest()[:16]
+    vrp = {params.name: params.vrp for params in regimes[0].regimes}
+    return {"sensors": table, "regime": np.where(place >= 0, regimes[1][np.maximum(place, 0)], -1), "regime_vrp": vrp, "regime_hash": digest}
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #ce9d8844
 def _rv_note(config: CalibrationConfig, basis: RealizedVol | None, untrusted: int, total: int, series: PriceSeries | None) -> str:
     """Why RV is not trusted, in numbers, and what serves instead."""
     left_out = "these snapshots are left out of everything that rests on RV"
@@ -329,18 +365,19 @@ def _reduce(
             progress(number + 1, len(tasks))
     return sums, early, failures
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #ce9d8844
-def _quality(sums: Sums, failures: list[SchemaFailure], harvest: HarvestConfig, refs: list[SnapshotRef]) -> DataQuality:
-    """Quality of the window, as of its end."""
+# %% ../../nbs/30_calibration/37_historical.ipynb #b6fdce3e
+def _quality_block(snapshots: pd.DataFrame, failures: list[SchemaFailure], harvest: HarvestConfig, refs: list[SnapshotRef]) -> DataQuality:
+    """Quality of the window as of its end."""
     step = pd.Timedelta(minutes=harvest.expected_step_minutes * harvest.snapshot_step) if harvest.expected_step_minutes else None
     start, end = harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time
-    return assess_window(stacked(sums.snapshots), failures, start, end, step=step, as_of=end)
+    return assess_window(snapshots, failures, start, end, step=step, as_of=end)
 
 
 def _degrade(quality: DataQuality, rv_missing: bool, notes: list[str]) -> dict[str, Any]:
-    """The quality block; at best degraded where default_iv stood in for RV."""
+    """The quality block; at best degraded where default_iv stood in for RV, for the reason noted last."""
     block = quality.to_dict()
     if rv_missing:
         block["status"] = "degraded" if block["status"] == "ok" else block["status"]
-        block["issues"] = [*block["issues"], {"code": "rv_not_trusted", "count": 1, "sentence": notes[-1]}]
+        issue = {"code": "rv_not_trusted", "count": quality.num_snapshots, "severity": "degraded", "sentence": notes[-1]}
+        block["issues"] = [*block["issues"], issue]
     return block

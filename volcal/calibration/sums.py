@@ -29,13 +29,14 @@ from volcal.calibration.skew_fit import (
     position_sums,
 )
 from ..market.chain import Chain
-from ..vol.smile import atm_by_group, constant_maturity_groups
+from ..vol.sensors import chain_levels
+from ..vol.smile import atm_by_group
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, template_skew, term_multiplier
 
 # %% auto #0
-__all__ = ['SAMPLE_ROWS', 'ALL_KEYS', 'ROW_NUMBERS', 'TIMELINE_DAYS', 'configured_surface', 'Plan', 'make_plan', 'Sums',
-           'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of',
-           'add_errors', 'chain_sums', 'Fit', 'fit_sums', 'group_candidates']
+__all__ = ['SAMPLE_ROWS', 'ALL_KEYS', 'ROW_NUMBERS', 'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'stacked',
+           'add_sums', 'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums',
+           'Fit', 'fit_sums', 'group_candidates']
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #362797c0
 SAMPLE_ROWS = 200_000
@@ -158,7 +159,6 @@ class Prepared:
     selected: dict[str, np.ndarray]  # samples over the union
     counts: Counter
     liquidity: Counter
-    atm: pd.DataFrame  # one row per (snapshot, expiry): snapshot, t, atm
 
 
 def _expiry_groups(frame: pd.DataFrame) -> tuple[np.ndarray, int]:
@@ -166,16 +166,6 @@ def _expiry_groups(frame: pd.DataFrame) -> tuple[np.ndarray, int]:
     codes, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
     snapshot = frame["snapshot"].to_numpy()
     return (snapshot * len(expiries) + codes).astype(np.int32), int(snapshot.max() + 1) * len(expiries)
-
-
-def _atm_table(frame: pd.DataFrame, group: np.ndarray, count: int, atm: np.ndarray) -> pd.DataFrame:
-    """The at-the-money volatilities that exist, with their time to expiry and forward."""
-    t, forward = np.full(count, np.nan), np.full(count, np.nan)
-    t[group], forward[group] = frame["t"].to_numpy(), frame["forward"].to_numpy()
-    known = np.flatnonzero(np.isfinite(t))
-    return pd.DataFrame(
-        {"snapshot": known // (count // int(frame["snapshot"].max() + 1)), "t": t[known], "forward": forward[known], "atm": atm[known]}
-    )
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #0edbf4b6
 def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | None]]:
@@ -218,9 +208,7 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     union = np.logical_or.reduce(list(samples.values()))
     part = frame[union].reset_index(drop=True)
     columns = _columns(part, plan, group[union], atm[group][union], sign[union], keys[union])
-    return Prepared(
-        part, columns, {name: mask[union] for name, mask in samples.items()}, counts, liquidity, _atm_table(frame, group, count, atm)
-    )
+    return Prepared(part, columns, {name: mask[union] for name, mask in samples.items()}, counts, liquidity)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #5e7401a1
 def _position(chain: Chain, frame: pd.DataFrame) -> np.ndarray:
@@ -386,24 +374,13 @@ def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, where: np.ndarray) -
     return rows
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #44c69bd5
-TIMELINE_DAYS = (7.0, 30.0, 90.0)
-
-
 def _timeline(chain: Chain, ready: Prepared, rv: np.ndarray) -> pd.DataFrame:
-    """One row per snapshot: spot, RV, constant-maturity at-the-money IV, rows used."""
+    """One row per snapshot: what sensors keep of it, its RV, and the rows used."""
+    levels, _ = chain_levels(chain)
     snapshots = chain.snapshots["snapshot"].to_numpy()
-    offsets = np.searchsorted(ready.atm["snapshot"].to_numpy(), np.append(snapshots, snapshots[-1] + 1 if snapshots.size else 0))
-    maturity = constant_maturity_groups(offsets, ready.atm["t"].to_numpy(), ready.atm["atm"].to_numpy(), np.array(TIMELINE_DAYS) / 365.0)
-    first = np.minimum(offsets[:-1], max(len(ready.atm) - 1, 0))
-    nearest = np.where(offsets[:-1] < offsets[1:], ready.atm["forward"].to_numpy()[first], np.nan)
-    rows = chain.frame.drop_duplicates("snapshot", keep="last")
-    index = np.full(snapshots.size, np.nan)
-    index[np.searchsorted(snapshots, rows["snapshot"].to_numpy())] = rows["index_price"].to_numpy()
-    used = np.bincount(np.searchsorted(snapshots, ready.frame["snapshot"].to_numpy()[ready.selected["headline"]]), minlength=snapshots.size)
-    iv = {f"iv_{days:.0f}d": maturity.iv[:, j] for j, days in enumerate(TIMELINE_DAYS)}
-    return pd.DataFrame(
-        {"time": chain.snapshots["time"].array, "spot": np.where(np.isfinite(index), index, nearest), "rv": rv, **iv, "rows": used}
-    )
+    used = ready.frame["snapshot"].to_numpy()[ready.selected["headline"]]
+    rows = np.bincount(np.searchsorted(snapshots, used), minlength=snapshots.size)
+    return levels.assign(rv=rv, rows=rows)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #b29eaf3b
 @dataclass(frozen=True)
