@@ -26,15 +26,15 @@ from ..market.chain import Chain, normalize_chain
 from ..market.quality import DataQuality, assess_window
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
 from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
-from ..vol.realized import PriceSeries, RealizedVol, realized_vol
+from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, realized_vol
 from ..vol.regimes import RegimeModel, load_regime_model
-from ..vol.sensors import DailyBars, HarvestLevels, SensorTable, finish_sensors, harvest_sensor_table, iv_history_of, price_context
+from ..vol.sensors import HarvestLevels, harvest_prices, harvest_sensor_table, iv_history_of, timeline_sensors
 
 log = logging.getLogger("volcal.historical")
 
 # %% auto #0
-__all__ = ['log', 'PRICE_COLUMNS', 'window_refs', 'snapshot_prices', 'window_prices', 'DayTask', 'DayResult', 'read_day',
-           'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'window_regimes',
+__all__ = ['log', 'PRICE_COLUMNS', 'CLOCK_TOLERANCE_MINUTES', 'window_refs', 'snapshot_prices', 'window_prices', 'DayTask',
+           'DayResult', 'read_day', 'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'window_regimes',
            'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
@@ -82,15 +82,18 @@ def window_prices(
     store: Store,
     harvest: HarvestConfig,
     refs: list[SnapshotRef],  # the window, in time order
-) -> tuple[PriceSeries | None, DailyBars | None]:
-    """Prices and daily bars from the first source in the order that serves the window; None where there is no price."""
-    asset, span = refs[0].asset, (refs[0].time, refs[-1].time)
-    found = price_context(store, asset, harvest.price_history, None, *span)
-    if found[0] is not None:
-        return found
-    log.info("prices: no candles serve the window, its snapshots are read for prices")
-    every = store.find(asset, harvest.start_time or span[0], harvest.end_time or span[1])
-    return price_context(store, asset, harvest.price_history, snapshot_prices(store, every), *span)
+) -> PriceSeries | None:  # None where there is no price
+    """Prices from the first source in the order that serves the window."""
+    asset, span = refs[0].asset, {"start": refs[0].time, "end": refs[-1].time}
+    explicit = load_price_history(harvest.price_history) if harvest.price_history else None
+    history = store.read_history(asset, "ohlc")
+    if explicit is not None or history is not None:
+        try:
+            return choose_price_series(explicit, history, **span)
+        except NoUsableDataError:
+            log.info("prices: no candles serve the window, its snapshots are read for prices")
+    every = store.find(asset, harvest.start_time or span["start"], harvest.end_time or span["end"])
+    return harvest_prices(snapshot_prices(store, every), explicit, history, **span)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #76d1b797
 @dataclass(frozen=True)
@@ -119,27 +122,39 @@ def read_day(task: DayTask) -> RawBatch:
     return Store(task.root).read_batch(task.refs, on_schema_error=harvest.on_schema_error)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #269c9140
+CLOCK_TOLERANCE_MINUTES = 15.0
+_NOT_EVENTS = ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
+
+
+def _believable(frame: pd.DataFrame, refs: list[SnapshotRef]) -> tuple[pd.DataFrame, int]:
+    """Rows of snapshots whose harvest_time agrees with their file's name; and how many snapshots do not."""
+    if not len(frame):
+        return frame, 0
+    snapshot, times = frame["snapshot"].to_numpy(), frame["harvest_time"].array.asi8
+    starts = np.flatnonzero(np.r_[True, snapshot[1:] != snapshot[:-1]])
+    named = np.array([refs[s].time.value for s in snapshot[starts]])
+    off = np.abs(np.maximum.reduceat(times, starts) - named) > CLOCK_TOLERANCE_MINUTES * 60e9
+    wrong = np.repeat(off & (np.maximum.reduceat(times, starts) > 0), np.diff(np.append(starts, snapshot.size)))
+    return (frame[~wrong], int(off.sum())) if wrong.any() else (frame, 0)
+
+
 def day_chain(
-    task: DayTask, batch: RawBatch
+    task: DayTask,
+    batch: RawBatch,
 ) -> tuple[Chain, np.ndarray, Counter]:  # chain; position in task.refs of each of its snapshots; events
-    """The normalised chain of a day, without rows harvested outside the window."""
+    """The normalised chain of a day, without rows harvested outside the window or dated far from their file's name."""
     config, harvest = task.plan.config, task.plan.config.harvest
     assert harvest is not None
-    frame = within_window(batch.frame, harvest.start_time, harvest.end_time).reset_index(drop=True)
-    events = Counter({"harvested_outside_window": len(batch.frame) - len(frame)})
+    dated, wrong = _believable(batch.frame, batch.refs)
+    frame = within_window(dated, harvest.start_time, harvest.end_time).reset_index(drop=True)
+    events = Counter({"clock_disagrees": wrong, "harvested_outside_window": len(dated) - len(frame)})
     chain = normalize_chain(frame, forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
     place = {ref.time: number for number, ref in enumerate(task.refs)}
     where = np.array([place[batch.refs[int(s)].time] for s in chain.snapshots["snapshot"]], dtype=np.int64)
-    events.update(
-        {
-            name: count
-            for name, count in chain.counts.items()
-            if name not in ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
-        }
-    )
+    events.update({name: count for name, count in chain.counts.items() if name not in _NOT_EVENTS})
     return chain, where, events
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #b0506bf4
 def day_result(
     task: DayTask,
     batch: RawBatch | None = None,  # the day, where it has been read already
@@ -277,7 +292,7 @@ def run_historical_calibration_from_harvest(
         )
     store, harvest = Store(config.harvest.data_root), config.harvest
     refs = window_refs(store, harvest)
-    series, bars = window_prices(store, harvest, refs)
+    series = window_prices(store, harvest, refs)
     rv, basis = trusted_rv(series, refs, config)
     known = np.isfinite(rv)
     regimes = window_regimes(store, config, refs)
@@ -286,19 +301,29 @@ def run_historical_calibration_from_harvest(
     tasks = split_days(refs, harvest.data_root, served, regimes[1] if regimes else None, plan)
     boundary = _boundary(refs, config.validation_fraction)
     sums, early, failures = _reduce(tasks, executor, plan, boundary, progress)
+    _require_readable(failures, refs)
     notes = list(series.notes) if series is not None else []
     rv_notes = [] if known.all() else [_rv_note(config, basis, int((~known).sum()), len(refs), series)]
     notes += rv_notes + (_regime_notes(*regimes, refs) if regimes else [])
     source = Source(
         "harvested", as_of=refs[-1].time.to_pydatetime(), files_hash=_files_hash(refs), notes=tuple(notes),
-        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes),
+        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes, sums.counts["clock_disagrees"]),
         events=_event_counts(known, failures),
         harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
-        **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, bars, refs, regimes),
+        **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, refs, regimes, harvest),
     )
     return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #b15cd61b
+def _require_readable(failures: list[SchemaFailure], refs: list[SnapshotRef]) -> None:
+    """Raises `NoUsableDataError` naming the first file where none of the window can serve."""
+    if failures and len(failures) == len(refs):
+        raise NoUsableDataError(
+            f"none of the {len(refs)} files of the window can be read as a snapshot, so nothing was fitted; the first: {failures[0]}; "
+            "check the folder and its harvester"
+        )
+
+
 def _rv_fields(config: CalibrationConfig, series: PriceSeries | None, basis: RealizedVol | None, known: np.ndarray) -> dict[str, Any]:
     """Source and relative standard error of RV, the error of the last trusted snapshot."""
     if series is None or basis is None or not known.any():
@@ -316,15 +341,16 @@ def _sensor_fields(
     store: Store,
     sums: Sums,
     series: PriceSeries | None,
-    bars: DailyBars | None,
     refs: list[SnapshotRef],
     regimes: tuple[RegimeModel, np.ndarray] | None,
+    harvest: HarvestConfig,
 ) -> dict[str, Any]:
     """Sensors of the window from its timeline, and the regime of each of its rows."""
     levels = stacked(sums.timeline)
-    if levels.empty:
+    if levels.empty or levels["time"].isna().all():
         return {}
-    table: SensorTable = finish_sensors(levels, series, bars, iv_history_of(store.read_history(refs[0].asset, "dvol")))
+    levels = levels[levels["time"].notna()].sort_values("time", kind="stable", ignore_index=True)
+    table = timeline_sensors(levels, series, store, refs[0].asset, harvest.price_history)
     if regimes is None:
         return {"sensors": table}
     place = np.searchsorted([ref.time.value for ref in refs], epoch_ns(levels["time"]), side="right") - 1
@@ -373,11 +399,22 @@ def _quality_block(snapshots: pd.DataFrame, failures: list[SchemaFailure], harve
     return assess_window(snapshots, failures, start, end, step=step, as_of=end)
 
 
-def _degrade(quality: DataQuality, rv_missing: bool, notes: list[str]) -> dict[str, Any]:
-    """The quality block; at best degraded where default_iv stood in for RV, for the reason noted last."""
+def _degrade(
+    quality: DataQuality,
+    rv_missing: bool,  # default_iv stood in for RV
+    notes: list[str],  # the last of them says why
+    clock_disagrees: int = 0,  # snapshots left out because their time is not their name's
+) -> dict[str, Any]:
+    """The quality block; at best degraded where default_iv stood in for RV, or where the harvester's clock cannot be believed."""
     block = quality.to_dict()
-    if rv_missing:
-        block["status"] = "degraded" if block["status"] == "ok" else block["status"]
-        issue = {"code": "rv_not_trusted", "count": quality.num_snapshots, "severity": "degraded", "sentence": notes[-1]}
-        block["issues"] = [*block["issues"], issue]
-    return block
+    found = [("rv_not_trusted", quality.num_snapshots, notes[-1])] if rv_missing else []
+    if clock_disagrees:
+        told = (
+            f"{clock_disagrees} snapshots say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
+            "expiry cannot be believed; they are left out; check the harvester's clock"
+        )
+        found.append(("clock_disagrees", clock_disagrees, told))
+    issues = [{"code": code, "count": count, "severity": "degraded", "sentence": sentence} for code, count, sentence in found]
+    if issues and block["status"] == "ok":
+        block["status"] = "degraded"
+    return {**block, "issues": [*block["issues"], *issues]}

@@ -19,10 +19,10 @@ from ..units import ConfigError, epoch_ns, to_utc
 
 # %% auto #0
 __all__ = ['MIN_COMPLETENESS', 'MAX_LOW_QUALITY_SHARE', 'MAX_SCHEMA_FAILURE_SHARE', 'MIN_OPTIONS', 'MIN_EXPIRIES',
-           'MAX_SWEEP_SECONDS', 'MAX_CROSSED_SHARE', 'MAX_MISMATCH_SHARE', 'MAX_INCONSISTENT_SHARE', 'MIN_COVERAGE',
-           'GAP_STEPS', 'TOLERATED', 'DataQualityStatus', 'QualityIssue', 'worst_of', 'completeness', 'low_quality',
-           'SnapshotQuality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'DataQuality', 'in_window',
-           'assess_window']
+           'MAX_SWEEP_SECONDS', 'MAX_CROSSED_SHARE', 'MAX_MISMATCH_SHARE', 'MAX_PARITY_SHARE', 'MAX_INCONSISTENT_SHARE',
+           'MIN_COVERAGE', 'GAP_STEPS', 'TOLERATED', 'DataQualityStatus', 'QualityIssue', 'worst_of', 'completeness',
+           'low_quality', 'SnapshotQuality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'DataQuality',
+           'in_window', 'assess_window']
 
 # %% ../../nbs/10_market/14_quality.ipynb #a6f3a272
 class DataQualityStatus(StrEnum):
@@ -74,6 +74,7 @@ MIN_EXPIRIES = 2
 MAX_SWEEP_SECONDS = 300.0
 MAX_CROSSED_SHARE = 0.01  # of two-sided rows
 MAX_MISMATCH_SHARE = 0.10  # of expiries: quoted forward against parity
+MAX_PARITY_SHARE = 0.10  # of the usable rows may rest on a parity forward
 MAX_INCONSISTENT_SHARE = 0.05  # of marks near the money: mark against its own IV
 MIN_COVERAGE = 0.50
 GAP_STEPS = 3.0  # a longer stretch without snapshots is a gap; a newest snapshot older than this is stale
@@ -117,6 +118,7 @@ _SHARES: dict[str, tuple[str, float, str]] = {
     "mark_inconsistent": ("mark_tested", MAX_INCONSISTENT_SHARE, "marks near the money contradict their own IV; are both of one instant?"),
     "repaired_from_name": ("rows", 1.0, "rows lacked expiry, strike or type, read from their names instead"),
     "iv_solved": ("usable", 1.0, "usable rows have a mark IV that was solved from the mark"),
+    "parity_forward_used": ("usable", MAX_PARITY_SHARE, "usable rows have no believable quoted forward, and take the one of put-call parity"),
 }
 
 
