@@ -67,6 +67,7 @@ class VolcalGroup(TyperGroup):
 
 
 app = typer.Typer(
+    name="volcal",
     cls=VolcalGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
