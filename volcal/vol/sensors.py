@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,17 +19,17 @@ from numba import njit
 
 from ..market.chain import Chain, normalize_chain
 from ..market.store import SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
-from ..units import DAYS_PER_YEAR, NS_PER_DAY, ConfigError, NoUsableDataError, SchemaError, epoch_ns
+from ..units import DAYS_PER_YEAR, NS_PER_DAY, ConfigError, NoUsableDataError, epoch_ns, to_utc
 from .realized import PriceSeries, RealizedVol, choose_price_series, from_candles, load_price_history, realized_vol
 from .smile import atm_by_group, constant_maturity_groups, delta_iv
 
 # %% auto #0
 __all__ = ['log', 'SENSORS', 'RESULT_SENSORS', 'ALIASES', 'BAR_MIN_HOURS', 'MAX_BAR_GAP', 'MAX_BAR_AGE', 'ADX_BARS', 'RSI_BARS',
            'MA_DAYS', 'MA_MIN_BARS', 'RANK_DAYS', 'RANK_MIN_COVERAGE', 'RANK_MIN_POINTS', 'MATURITIES', 'FLAT_REACH',
-           'LEVELS', 'SENSOR_COLUMNS', 'SensorReason', 'wilder_adx', 'wilder_rsi', 'DailyBars', 'daily_bars',
-           'bar_sensors', 'iv_rank', 'chain_levels', 'SensorTable', 'finish_sensors', 'snapshot_sensors',
-           'HarvestLevels', 'harvest_levels', 'price_context', 'harvest_sensor_table', 'harvest_sensors',
-           'sensor_summary']
+           'LEVELS', 'MADE', 'SENSOR_COLUMNS', 'BATCH_SNAPSHOTS', 'sensor_name', 'SensorReason', 'DailyBars',
+           'daily_bars', 'wilder_rsi', 'wilder_adx', 'bar_sensors', 'iv_rank', 'chain_levels', 'SensorTable',
+           'finish_sensors', 'iv_history_of', 'snapshot_sensors', 'HarvestLevels', 'harvest_levels', 'timeline_sensors',
+           'harvest_prices', 'harvest_sensor_table', 'harvest_sensors', 'sensor_summary']
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #1dca418d
 log = logging.getLogger("volcal.sensors")
@@ -40,6 +40,16 @@ RESULT_SENSORS = ("vrp_30d", "vrp_7d", "chop_factor", "adx_14", "iv_rank_30d", "
 ALIASES = {"chop_factor_7d": "chop_factor", "term_structure_spread": "term_slope", "adx_14d": "adx_14", "rsi_14d": "rsi_14"}
 
 
+def sensor_name(
+    name: str,  # a name or an alias
+) -> str:  # the name
+    """The one name of a sensor. Raises `ConfigError` for what is none."""
+    found = ALIASES.get(name, name)
+    if found not in SENSORS:
+        raise ConfigError(f"{name!r} is no sensor, so there is nothing to look up; one of {', '.join(SENSORS)}, or {', '.join(ALIASES)}")
+    return found
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #b663acee
 class SensorReason(IntEnum):
     """Why a sensor has no value."""
 
@@ -47,85 +57,13 @@ class SensorReason(IntEnum):
     no_expiry_near = 1  # no usable expiry near the maturity
     delta_not_reached = 2  # no expiry near 30 days quotes both 25-delta options
     rv_not_trusted = 3  # too little of the window covered, or too few returns
-    part_missing = 4  # a sensor that it is made of is missing
+    part_missing = 4  # a sensor or price that it is made of is missing
     rank_window_thin = 5  # too little of the trailing window has an IV
     rank_window_flat = 6  # the IV never moved in it
     too_few_bars = 7  # too few finished daily bars in a row
     bars_stale = 8  # the last finished bar is too old
     bars_flat = 9  # the price never moved in them
-    no_ticker = 10  # a harvest has no perpetual's ticker
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #7652f838
-@njit(cache=True, nogil=True, error_model="numpy")
-def _wilder_rsi(close, period, out):
-    """Wilder's RSI of one unbroken run of closes into `out`; the first value stands at `period`."""
-    up = down = 0.0
-    for i in range(1, len(close)):
-        move = close[i] - close[i - 1]
-        gain, loss = max(move, 0.0), max(-move, 0.0)
-        if i <= period:
-            up, down = up + gain / period, down + loss / period
-        else:
-            up, down = (up * (period - 1) + gain) / period, (down * (period - 1) + loss) / period
-        if i >= period and up + down > 0.0:
-            out[i] = 100.0 * up / (up + down)
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #f469321b
-@njit(cache=True, nogil=True, error_model="numpy")
-def _wilder_adx(high, low, close, period, out):
-    """Wilder's ADX of one unbroken run of bars into `out`; the first value stands at 2 `period` - 1. Seeded as in TA-Lib."""
-    plus = minus = reach = total = adx = 0.0
-    seen = 0
-    for i in range(1, len(close)):
-        up, down = high[i] - high[i - 1], low[i - 1] - low[i]
-        true_range = max(high[i], close[i - 1]) - min(low[i], close[i - 1])
-        keep = (period - 1.0) / period if i >= period else 1.0
-        plus = plus * keep + (up if up > down and up > 0.0 else 0.0)
-        minus = minus * keep + (down if down > up and down > 0.0 else 0.0)
-        reach = reach * keep + true_range
-        if i < period:
-            continue
-        if reach > 0.0 and plus + minus > 0.0:
-            dx = 100.0 * abs(plus - minus) / (plus + minus)
-            seen += 1
-            total += dx
-            adx = total / seen if i < 2 * period else (adx * (period - 1) + dx) / period
-        if i >= 2 * period - 1 and seen > 0:
-            out[i] = adx
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #7060f2b7
-def _runs(day: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of each run of bars without a hole of more than `MAX_BAR_GAP` days."""
-    starts = np.flatnonzero(np.append(True, np.diff(day) > MAX_BAR_GAP)[: len(day)])
-    yield from zip(starts.tolist(), np.append(starts[1:], len(day)).tolist(), strict=True)
-
-
-def wilder_adx(
-    high: Any,  # (n,) highs
-    low: Any,  # (n,) lows
-    close: Any,  # (n,) closes
-    period: int = 14,
-    day: Any = None,  # (n,) int, number of each bar's day; a hole of more than three days starts anew; None: no holes
-) -> np.ndarray:  # (n,) 0..100; NaN before 2 `period` bars
-    """Wilder's average directional index (New Concepts in Technical Trading Systems, 1978, ch. IV)."""
-    h, l, c = (np.ascontiguousarray(x, dtype=np.float64) for x in (high, low, close))
-    out = np.full(len(c), np.nan)
-    for a, b in _runs(np.arange(len(c)) if day is None else np.asarray(day)):
-        _wilder_adx(h[a:b], l[a:b], c[a:b], period, out[a:b])
-    return out
-
-
-def wilder_rsi(
-    close: Any,  # (n,) closes
-    period: int = 14,
-    day: Any = None,  # (n,) int, as in `wilder_adx`
-) -> np.ndarray:  # (n,) 0..100; NaN before `period` + 1 closes, and where the price never moved
-    """Wilder's relative strength index (the same book, ch. VI)."""
-    c = np.ascontiguousarray(close, dtype=np.float64)
-    out = np.full(len(c), np.nan)
-    for a, b in _runs(np.arange(len(c)) if day is None else np.asarray(day)):
-        _wilder_rsi(c[a:b], period, out[a:b])
-    return out
+    no_ticker = 10  # the perpetual's ticker is not there
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #2fd3d1e0
 BAR_MIN_HOURS = 12.0  # a day's prices must lie at least so far apart to make a bar
@@ -154,29 +92,30 @@ def _bars(day: np.ndarray, first_ns: np.ndarray, last_ns: np.ndarray, ohlc: tupl
     """Rows, in time order, joined by day."""
     begin = np.flatnonzero(np.append(True, np.diff(day) > 0)[: len(day)])
     if not len(begin):
-        return DailyBars(*[np.zeros(0, dtype=np.int64)] * 2, *[np.zeros(0)] * 4, source=source)
+        none, whole = np.zeros(0), np.zeros(0, dtype=np.int64)
+        return DailyBars(whole, whole, none, none, none, none, source)
     end = np.append(begin[1:], len(day)) - 1
-    o, h, l, c = ohlc
     wide = (last_ns[end] - first_ns[begin]) >= BAR_MIN_HOURS * NS_PER_DAY / 24
     known = np.maximum((day[begin] + 1) * NS_PER_DAY, last_ns[end])
-    joined = (day[begin], known, o[begin], np.maximum.reduceat(h, begin), np.minimum.reduceat(l, begin), c[end])
-    return DailyBars(*(x[wide] for x in joined), source=source, left_out=int((~wide).sum()))
+    high, low = np.maximum.reduceat(ohlc[1], begin)[wide], np.minimum.reduceat(ohlc[2], begin)[wide]
+    kept = begin[wide]
+    return DailyBars(day[kept], known[wide], ohlc[0][kept], high, low, ohlc[3][end[wide]], source, int((~wide).sum()))
 
-
+# %% ../../nbs/20_vol/22_sensors.ipynb #222d4893
 def daily_bars(
-    prices: pd.DataFrame | PriceSeries,  # candles of a day or less: `timestamp` (opening, UTC), `close`, where known open, high, low; or points
+    prices: pd.DataFrame | PriceSeries,  # candles of a day or less (`timestamp` opening, UTC; `close`; open, high, low if known), or points
 ) -> DailyBars:
-    """UTC daily bars. Raises `SchemaError` for candles that are none, or longer than a day."""
+    """UTC daily bars. Raises `SchemaError` for a frame without `timestamp` and `close`."""
     if isinstance(prices, PriceSeries):
         level = np.exp(prices.log_price)
         return _bars(prices.time_ns // NS_PER_DAY, prices.time_ns, prices.time_ns, (level,) * 4, f"points of {prices.source}")
     close = from_candles(prices)
     length = int(np.median(np.diff(close.time_ns))) if len(close) > 1 else 0
     if length > NS_PER_DAY:
-        raise SchemaError(f"candles of {length / NS_PER_DAY:.1f} days make no daily bars; give candles of a day or less")
-    ohlc = tuple(_candle_column(prices, name) for name in ("open", "high", "low", "close"))
+        log.warning("candles of %.1f days make no daily bars", length / NS_PER_DAY)
+        return daily_bars(PriceSeries(np.zeros(0, dtype=np.int64), np.zeros(0), "candles longer than a day"))
     opened = close.time_ns - length
-    return _bars(opened // NS_PER_DAY, opened, close.time_ns, ohlc, "candles")
+    return _bars(opened // NS_PER_DAY, opened, close.time_ns, tuple(_candle_column(prices, c) for c in ("open", "high", "low", "close")), "candles")
 
 
 def _candle_column(frame: pd.DataFrame, name: str) -> np.ndarray:
@@ -186,7 +125,76 @@ def _candle_column(frame: pd.DataFrame, name: str) -> np.ndarray:
     usable = np.isfinite(price) & (price > 0) & np.isfinite(close) & (close > 0)
     return np.exp(from_candles(frame.assign(close=np.where(usable, price, close))).log_price)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #222d4893
+# %% ../../nbs/20_vol/22_sensors.ipynb #7652f838
+@njit(cache=True, nogil=True, error_model="numpy")
+def _wilder_rsi(close, period, out):
+    """Wilder's RSI of one unbroken run of closes into `out`; the first value stands at `period`."""
+    up = down = 0.0
+    for i in range(1, len(close)):
+        move = close[i] - close[i - 1]
+        gain, loss = max(move, 0.0), max(-move, 0.0)
+        if i <= period:
+            up, down = up + gain / period, down + loss / period
+        else:
+            up, down = (up * (period - 1) + gain) / period, (down * (period - 1) + loss) / period
+        if i >= period and up + down > 0.0:
+            out[i] = 100.0 * up / (up + down)
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #f469321b
+def _runs(day: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of each run of bars without a hole longer than `MAX_BAR_GAP`."""
+    bounds = [0, *(np.flatnonzero(np.diff(day) > MAX_BAR_GAP) + 1).tolist(), len(day)]
+    yield from zip(bounds[:-1], bounds[1:], strict=True)
+
+
+def wilder_rsi(
+    close: Any,  # (n,) closes
+    period: int = 14,
+    day: Any = None,  # (n,) int, number of each bar's day: a hole of more than three days starts anew; None: no holes
+) -> np.ndarray:  # (n,) 0..100; NaN before `period` + 1 closes, and where the price never moved
+    """Wilder's relative strength index (New Concepts in Technical Trading Systems, 1978, ch. VI)."""
+    c = np.ascontiguousarray(close, dtype=np.float64)
+    out = np.full(len(c), np.nan)
+    for a, b in _runs(np.arange(len(c)) if day is None else np.asarray(day)):
+        _wilder_rsi(c[a:b], period, out[a:b])
+    return out
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #5b19690d
+@njit(cache=True, nogil=True, error_model="numpy")
+def _wilder_adx(high, low, close, period, out):
+    """Wilder's ADX of one unbroken run of bars into `out`; the first value stands at 2 `period` - 1. Sums are seeded as in TA-Lib."""
+    plus = minus = total = adx = 0.0
+    seen = 0
+    for i in range(1, len(close)):
+        up, down = high[i] - high[i - 1], low[i - 1] - low[i]
+        keep = (period - 1.0) / period if i >= period else 1.0
+        plus = plus * keep + (up if up > down and up > 0.0 else 0.0)
+        minus = minus * keep + (down if down > up and down > 0.0 else 0.0)
+        if i < period:
+            continue
+        if plus + minus > 0.0:
+            dx = 100.0 * abs(plus - minus) / (plus + minus)
+            seen, total = seen + 1, total + dx
+            adx = total / period if i < 2 * period else (adx * (period - 1) + dx) / period
+        if i >= 2 * period - 1 and seen > 0:
+            out[i] = adx
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #0d6dff51
+def wilder_adx(
+    high: Any,  # (n,) highs
+    low: Any,  # (n,) lows
+    close: Any,  # (n,) closes
+    period: int = 14,
+    day: Any = None,  # (n,) int, as in `wilder_rsi`
+) -> np.ndarray:  # (n,) 0..100; NaN before 2 `period` bars, and where no bar reached beyond another
+    """Wilder's average directional index (the same book, ch. IV). The true range cancels out of DX, so it is not read."""
+    h, l, c = (np.ascontiguousarray(x, dtype=np.float64) for x in (high, low, close))
+    out = np.full(len(c), np.nan)
+    for a, b in _runs(np.arange(len(c)) if day is None else np.asarray(day)):
+        _wilder_adx(h[a:b], l[a:b], c[a:b], period, out[a:b])
+    return out
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #cdcc6392
 ADX_BARS, RSI_BARS, MA_DAYS, MA_MIN_BARS = 28, 15, 200, 180
 
 
@@ -198,354 +206,413 @@ def _run_length(day: np.ndarray) -> np.ndarray:
     return out
 
 
+def _as_of(bars: DailyBars, time_ns: np.ndarray, values: np.ndarray, enough: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The value of the last finished bar at each time, and its `SensorReason`."""
+    if not len(bars):
+        return np.full(len(time_ns), np.nan), np.full(len(time_ns), SensorReason.too_few_bars, dtype=np.int8)
+    last = np.searchsorted(bars.known_ns, time_ns, side="right") - 1
+    at = np.maximum(last, 0)
+    conditions = [(last < 0) | ~enough[at], time_ns - bars.known_ns[at] > MAX_BAR_AGE * NS_PER_DAY, np.isnan(values[at])]
+    codes = np.select(conditions, [SensorReason.too_few_bars, SensorReason.bars_stale, SensorReason.bars_flat], SensorReason.ok)
+    return np.where(codes == SensorReason.ok, values[at], np.nan), codes.astype(np.int8)
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #3f641d50
 def bar_sensors(
     bars: DailyBars,
-    time_ns: np.ndarray,  # (m,) int64, when to look
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # adx_14, rsi_14, ma_200: value (m,) and `SensorReason` (m,)
+    time_ns: Any,  # (m,) int64 nanoseconds UTC (or datetimes), when to look
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # adx_14, rsi_14, ma_200, bars (how many in a row): value and `SensorReason`, each (m,)
     """Trend sensors from the bars finished by each time."""
-    last = np.searchsorted(bars.known_ns, time_ns, side="right") - 1
-    seen = last >= 0
-    at = np.maximum(last, 0)
-
-    def looked_up(values: np.ndarray, enough: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if not len(bars):
-            return np.full(len(time_ns), np.nan), np.full(len(time_ns), SensorReason.too_few_bars, dtype=np.int8)
-        stale = time_ns - bars.known_ns[at] > MAX_BAR_AGE * NS_PER_DAY
-        codes = np.select([~seen | ~enough[at], stale, np.isnan(values[at])],
-                          [SensorReason.too_few_bars, SensorReason.bars_stale, SensorReason.bars_flat], SensorReason.ok)
-        return np.where(codes == SensorReason.ok, values[at], np.nan), codes.astype(np.int8)
-
+    when = _ns(time_ns)
     run, first = _run_length(bars.day), np.searchsorted(bars.day, bars.day - MA_DAYS, side="right")
     total, count = np.append(0.0, np.cumsum(bars.close)), np.arange(1, len(bars) + 1) - first
     mean = (total[1:] - total[first]) / np.maximum(count, 1)
-    return {"adx_14": looked_up(wilder_adx(bars.high, bars.low, bars.close, 14, bars.day), run >= ADX_BARS),
-            "rsi_14": looked_up(wilder_rsi(bars.close, 14, bars.day), run >= RSI_BARS),
-            "ma_200": looked_up(mean, count >= MA_MIN_BARS)}
+    return {"adx_14": _as_of(bars, when, wilder_adx(bars.high, bars.low, bars.close, 14, bars.day), run >= ADX_BARS),
+            "rsi_14": _as_of(bars, when, wilder_rsi(bars.close, 14, bars.day), run >= RSI_BARS),
+            "ma_200": _as_of(bars, when, mean, count >= MA_MIN_BARS),
+            "bars": _as_of(bars, when, run.astype(np.float64), run > 0)}
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #7b78c25a
+
+def _ns(times: Any) -> np.ndarray:
+    """(n,) int64 nanoseconds, from integers or datetimes."""
+    values = np.asarray(times)
+    return np.atleast_1d(values).astype(np.int64) if values.dtype.kind in "iu" else epoch_ns(times)
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #1fb116df
 RANK_DAYS = {"iv_rank_30d": 30.0, "iv_rank_6m": 182.5}
 RANK_MIN_COVERAGE = 0.8  # of the trailing window, from its first IV to its last
 RANK_MIN_POINTS = 20
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _rank_kernel(time_ns, value, window_ns, ask_ns, ask, min_points, min_cover_ns, rank, code):
-    """Rank of `ask` among itself and the values in (ask_ns - window_ns, ask_ns]; both in time order. Monotone queues, O(n + m)."""
-    low, high = np.empty(len(value) + 1, dtype=np.int64), np.empty(len(value) + 1, dtype=np.int64)
-    a = b = c = d = 0
-    done = first = 0
-    for j in range(len(ask)):
-        while done < len(value) and time_ns[done] <= ask_ns[j]:
-            while b > a and value[low[b - 1]] >= value[done]:
-                b -= 1
-            while d > c and value[high[d - 1]] <= value[done]:
-                d -= 1
-            low[b], high[d] = done, done
-            b, d, done = b + 1, d + 1, done + 1
-        while first < done and time_ns[first] <= ask_ns[j] - window_ns:
+def _rank_kernel(time_ns, value, window_ns, min_points, min_cover_ns, rank, code):
+    """Rank of each value in (time - window, time]; times ascend. Two monotone queues: O(n)."""
+    low, high = np.empty(len(value), dtype=np.int64), np.empty(len(value), dtype=np.int64)
+    a = b = c = d = first = 0
+    for i in range(len(value)):
+        while b > a and value[low[b - 1]] >= value[i]:
+            b -= 1
+        while d > c and value[high[d - 1]] <= value[i]:
+            d -= 1
+        low[b], high[d] = i, i
+        b, d = b + 1, d + 1
+        while time_ns[first] <= time_ns[i] - window_ns:
             first += 1
-        while a < b and low[a] < first:
+        while low[a] < first:
             a += 1
-        while c < d and high[c] < first:
+        while high[c] < first:
             c += 1
-        if not np.isfinite(ask[j]):
-            code[j] = 4
-        elif done - first < min_points or time_ns[done - 1] - time_ns[first] < min_cover_ns:
-            code[j] = 5
+        lo, hi = value[low[a]], value[high[c]]
+        if i + 1 - first < min_points or time_ns[i] - time_ns[first] < min_cover_ns:
+            code[i] = 5
+        elif hi > lo:
+            rank[i] = (value[i] - lo) / (hi - lo)
         else:
-            lo, hi = min(value[low[a]], ask[j]), max(value[high[c]], ask[j])
-            if hi > lo:
-                rank[j], code[j] = (ask[j] - lo) / (hi - lo), 0
-            else:
-                code[j] = 6
+            code[i] = 6
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #e20d610c
+# %% ../../nbs/20_vol/22_sensors.ipynb #3cd952df
 def iv_rank(
-    time_ns: Any,  # (n,) int64 nanoseconds UTC (or datetimes), in order
+    time_ns: Any,  # (n,) int64 nanoseconds UTC (or datetimes), ascending
     iv: Any,  # (n,) decimal; NaN is left out
     window_days: float = 30.0,
-    min_coverage: float = RANK_MIN_COVERAGE,  # share of the window between its first and its last IV
+    min_coverage: float = RANK_MIN_COVERAGE,  # share of the window from its first IV to its last
     min_points: int = RANK_MIN_POINTS,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) rank 0..1, NaN where there is none; (n,) int8 `SensorReason`
-    """(iv - min) / (max - min) over (time - window, time], the present included."""
+    """(iv - min) / (max - min) over (time - window, time], the present included. Raises `ConfigError` for times that do not ascend."""
     times, values = _ns(time_ns), np.ascontiguousarray(iv, dtype=np.float64)
-    known = np.isfinite(values)
-    rank, code = np.full(len(values), np.nan), np.zeros(len(values), dtype=np.int8)
-    window = int(window_days * NS_PER_DAY)
-    _rank_kernel(times[known], values[known], window, times, values, min_points, int(min_coverage * window), rank, code)
+    if (np.diff(times) < 0).any():
+        raise ConfigError("times do not ascend, so no trailing window can be read; sort the rows by time")
+    known, window = np.isfinite(values), int(window_days * NS_PER_DAY)
+    rank, code = np.full(len(values), np.nan), np.full(len(values), SensorReason.part_missing, dtype=np.int8)
+    some, why = np.full(int(known.sum()), np.nan), np.zeros(int(known.sum()), dtype=np.int8)
+    _rank_kernel(times[known], values[known], window, min_points, int(min_coverage * window), some, why)
+    rank[known], code[known] = some, why
     return rank, code
 
-
-def _ns(times: Any) -> np.ndarray:
-    """(n,) int64 nanoseconds, from integers or datetimes."""
-    values = np.asarray(times)
-    return values.astype(np.int64) if values.dtype.kind in "iu" else epoch_ns(times)
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #8968c45e
+# %% ../../nbs/20_vol/22_sensors.ipynb #7ee4bba1
 MATURITIES = {"iv_7d": 7.0, "iv_30d": 30.0}
-FLAT_REACH = 2.0  # an expiry serves a maturity alone if it is at most so many times as far, or as near
+FLAT_REACH = 2.0  # an expiry alone serves a maturity at most so many times as near or as far
 
 
 def _maturity(offsets: np.ndarray, t: np.ndarray, iv: np.ndarray, days: float) -> np.ndarray:
     """(s,) constant maturity; NaN where the nearest expiry is out of reach."""
     usable = np.isfinite(iv) & (t > 0)
-    reach = np.where(usable, np.abs(np.log(np.maximum(t, 1e-9) * DAYS_PER_YEAR / days)), np.inf)
+    away = np.where(usable, np.abs(np.log(np.maximum(t, 1e-9) * DAYS_PER_YEAR / days)), np.inf)
     found = constant_maturity_groups(offsets, t, iv, [days / DAYS_PER_YEAR])
     filled = offsets[1:] > offsets[:-1]
     nearest = np.full(len(filled), np.inf)
-    nearest[filled] = np.minimum.reduceat(reach, offsets[:-1][filled]) if filled.any() else np.inf
+    if filled.any():
+        nearest[filled] = np.minimum.reduceat(away, offsets[:-1][filled])
     return np.where((found.flag[:, 0] == 0) | (nearest <= np.log(FLAT_REACH) + 1e-12), found.iv[:, 0], np.nan)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #85dff7ae
+# %% ../../nbs/20_vol/22_sensors.ipynb #2aa62b02
 def _expiry_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per (snapshot, expiry) of a chain's frame, in order: t, forward, at-the-money IV, 25-delta call and put IV."""
     code, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
     snapshot = frame["snapshot"].to_numpy()
     group, count = snapshot.astype(np.int64) * len(expiries) + code, (int(snapshot.max()) + 1) * len(expiries)
-    sign = np.where(frame["option_type"].array == "C", 1.0, -1.0)
-    iv = frame["mark_iv"].to_numpy()
+    sign, iv = np.where(frame["option_type"].array == "C", 1.0, -1.0), frame["mark_iv"].to_numpy()
     atm = atm_by_group(group, count, frame["log_moneyness"].to_numpy(), iv, sign)
     wings = delta_iv(group, count, frame["call_delta"].to_numpy(), iv, sign, (0.25, 0.75)).iv
     t, forward = np.full(count, np.nan), np.full(count, np.nan)
     t[group], forward[group] = frame["t"].to_numpy(), frame["forward"].to_numpy()
     there = np.flatnonzero(np.isfinite(t))
-    both = np.isfinite(wings).all(axis=1)[there]
-    return pd.DataFrame({"snapshot": there // len(expiries), "expiry_ns": expiries[there % len(expiries)], "t": t[there],
-                         "forward": forward[there], "atm": atm[there], "call_25d": np.where(both, wings[there, 0], np.nan),
-                         "put_25d": np.where(both, wings[there, 1], np.nan)})
+    wings = np.where(np.isfinite(wings).all(axis=1, keepdims=True), wings, np.nan)[there]
+    columns = {"expiry_ns": expiries[there % len(expiries)], "t": t[there], "forward": forward[there], "atm": atm[there]}
+    return pd.DataFrame({"snapshot": there // len(expiries), **columns, "call_25d": wings[:, 0], "put_25d": wings[:, 1]})
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #2f6e35fb
-LEVELS = ("time", "spot", "iv_7d", "iv_30d", "skew_25d")
+# %% ../../nbs/20_vol/22_sensors.ipynb #5639579a
+LEVELS = ("time", "spot", "index_price", "iv_7d", "iv_30d", "skew_25d")
 
 
 def chain_levels(
     chain: Chain,
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # levels: one row per snapshot, `LEVELS` and index_price; forwards: time_ns, expiry_ns, forward
-    """What each snapshot of a chain says by itself: all that sensors through time need to keep of it."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # one row per snapshot: `LEVELS`; one per (snapshot, expiry): time_ns, expiry_ns, forward
+    """All that sensors through time need to keep of a chain. Spot is the index, else the nearest forward."""
     snapshots = chain.snapshots["snapshot"].to_numpy()
-    levels = pd.DataFrame({"time": chain.snapshots["time"].array, **{name: np.full(len(snapshots), np.nan) for name in ("spot", *LEVELS[2:], "index_price")}})
+    out: dict[str, Any] = {"time": chain.snapshots["time"].array, **{name: np.full(len(snapshots), np.nan) for name in LEVELS[1:]}}
     if not len(chain.frame):
-        return levels, pd.DataFrame({"time_ns": [], "expiry_ns": [], "forward": []}, dtype=np.int64)
+        return pd.DataFrame(out), pd.DataFrame({"time_ns": [], "expiry_ns": [], "forward": []})
     table = _expiry_table(chain.frame)
-    offsets = np.searchsorted(table["snapshot"].to_numpy(), np.append(snapshots, snapshots[-1] + 1))
-    t = table["t"].to_numpy()
+    offsets, t = np.searchsorted(table["snapshot"].to_numpy(), np.append(snapshots, snapshots[-1] + 1)), table["t"].to_numpy()
     for name, days in MATURITIES.items():
-        levels[name] = _maturity(offsets, t, table["atm"].to_numpy(), days)
-    call, put = (_maturity(offsets, t, table[side].to_numpy(), 30.0) for side in ("call_25d", "put_25d"))
-    levels["skew_25d"] = put - call
-    levels["index_price"] = _snapshot_index(chain, snapshots)
+        out[name] = _maturity(offsets, t, table["atm"].to_numpy(), days)
+    out["skew_25d"] = _maturity(offsets, t, table["put_25d"].to_numpy(), 30.0) - _maturity(offsets, t, table["call_25d"].to_numpy(), 30.0)
+    out["index_price"] = _last_index(chain, snapshots)
     nearest = np.where(offsets[:-1] < offsets[1:], table["forward"].to_numpy()[np.minimum(offsets[:-1], len(table) - 1)], np.nan)
-    levels["spot"] = levels["index_price"].fillna(pd.Series(nearest))
-    where = np.searchsorted(snapshots, table["snapshot"].to_numpy())
-    times = epoch_ns(levels["time"])[where]
-    return levels, pd.DataFrame({"time_ns": times, "expiry_ns": table["expiry_ns"], "forward": table["forward"]})
+    out["spot"] = np.where(np.isfinite(out["index_price"]), out["index_price"], nearest)
+    times = epoch_ns(chain.snapshots["time"])[np.searchsorted(snapshots, table["snapshot"].to_numpy())]
+    return pd.DataFrame(out), pd.DataFrame({"time_ns": times, "expiry_ns": table["expiry_ns"], "forward": table["forward"]})
 
 
-def _snapshot_index(chain: Chain, snapshots: np.ndarray) -> np.ndarray:
-    """(s,) index price of each snapshot, its last known one; NaN without."""
-    rows = chain.frame[["snapshot", "index_price"]].dropna().drop_duplicates("snapshot", keep="last")
-    out = np.full(len(snapshots), np.nan)
-    out[np.searchsorted(snapshots, rows["snapshot"].to_numpy())] = rows["index_price"].to_numpy()
+def _last_index(chain: Chain, snapshots: np.ndarray) -> np.ndarray:
+    """(s,) the last known index price of each snapshot; NaN without."""
+    place, price = np.searchsorted(snapshots, chain.frame["snapshot"].to_numpy()), chain.frame["index_price"].to_numpy()
+    known, out = np.isfinite(price), np.full(len(snapshots), np.nan)
+    out[place[known]] = price[known]
     return out
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #2e3420b0
+# %% ../../nbs/20_vol/22_sensors.ipynb #543edef3
+_Found = dict[str, tuple[np.ndarray, np.ndarray]]  # value and `SensorReason`
+MADE: dict[str, tuple[str, str, Any]] = {
+    "vrp_7d": ("iv_7d", "rv_7d", np.subtract), "vrp_30d": ("iv_30d", "rv_30d", np.subtract), "front_rv_iv_ratio": ("rv_7d", "iv_7d", np.divide),
+    "chop_factor": ("rv_7d", "iv_30d", np.divide), "term_slope": ("iv_7d", "iv_30d", np.subtract),
+}
+
+
+def _add_made(out: _Found) -> None:
+    """Premiums, ratios and the slope; a missing one has the reason of its missing part."""
+    for name, (a, b, how) in MADE.items():
+        (x, why_x), (y, why_y) = out[a], out[b]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = np.asarray(how(x, y))
+        why = np.where(why_x > 0, why_x, np.where(why_y > 0, why_y, np.where(np.isfinite(value), SensorReason.ok, SensorReason.part_missing)))
+        out[name] = np.where(why == SensorReason.ok, value, np.nan), why.astype(np.int8)
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #d77162cd
+def _add_levels(out: _Found, levels: pd.DataFrame) -> None:
+    """What the chains said."""
+    near, reached = SensorReason.no_expiry_near, SensorReason.delta_not_reached
+    for name, code in (("iv_7d", near), ("iv_30d", near), ("skew_25d", reached)):
+        value = levels[name].to_numpy(dtype=np.float64)
+        out[name] = value, np.where(np.isfinite(value), SensorReason.ok, code).astype(np.int8)
+
+
+def _add_realized(out: _Found, time_ns: np.ndarray, prices: PriceSeries) -> dict[str, RealizedVol]:
+    """RV where it is trusted; and what it rests on."""
+    basis = {f"rv_{days}d": realized_vol(prices, time_ns, days) for days in (7, 30)}
+    for name, vol in basis.items():
+        code = np.where(vol.trusted, SensorReason.ok, SensorReason.rv_not_trusted)
+        out[name] = np.where(vol.trusted, vol.rv, np.nan), code.astype(np.int8)
+    return basis
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #552fb3c8
+def _add_ranks(out: _Found, time_ns: np.ndarray, iv_history: pd.DataFrame | None) -> None:
+    """Rank of the 30-day IV; in the history's own units where the snapshots' window is thin."""
+    for name, days in RANK_DAYS.items():
+        rank, why = iv_rank(time_ns, out["iv_30d"][0], days)
+        why = np.where(why == SensorReason.part_missing, out["iv_30d"][1], why).astype(np.int8)
+        if iv_history is not None and len(iv_history):
+            past = _ns(iv_history["time"])
+            other, _ = iv_rank(past, iv_history["iv_30d"], days)
+            last = np.searchsorted(past, time_ns, side="right") - 1
+            at = np.maximum(last, 0)
+            use = (why == SensorReason.rank_window_thin) & (last >= 0) & (time_ns - past[at] <= NS_PER_DAY) & np.isfinite(other[at])
+            rank, why = np.where(use, other[at], rank), np.where(use, SensorReason.ok, why).astype(np.int8)
+        out[name] = rank, why
+
+
+def _add_trend(out: _Found, time_ns: np.ndarray, spot: np.ndarray, bars: DailyBars) -> np.ndarray:
+    """ADX, RSI and the distance from the 200-day mean; gives the number of bars in a row."""
+    found = bar_sensors(bars, time_ns)
+    out["adx_14"], out["rsi_14"] = found["adx_14"], found["rsi_14"]
+    mean, why = found["ma_200"]
+    away = spot / mean - 1.0
+    out["price_vs_ma200"] = away, np.where((why == 0) & ~np.isfinite(away), SensorReason.part_missing, why).astype(np.int8)
+    return np.nan_to_num(found["bars"][0])
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #6f167190
 @dataclass(frozen=True)
 class SensorTable:
     """Sensors of some snapshots, and why a value is missing."""
 
     frame: pd.DataFrame  # one row per snapshot: time, spot, and each of `SENSORS`
     why: pd.DataFrame  # the same rows, `SensorReason` of each sensor, int8
-    price_source: str = "none"
-    bar_source: str = "none"
+    price_source: str = "no prices"
+    bar_source: str = "no prices"
+    realized: dict[str, RealizedVol] = field(default_factory=dict)  # rv_7d, rv_30d: what they rest on
+    bars: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (n,) finished daily bars in a row
+
+    def vector(self, i: int = -1) -> dict[str, float]:
+        """The sensors of one snapshot."""
+        return {name: float(self.frame[name].iloc[i]) for name in SENSORS}
 
     def reason(
         self,
-        sensor: str,
+        sensor: str,  # a name or an alias
         i: int = -1,  # which row
     ) -> str:  # one sentence; empty where there is a value
         """Why a sensor has no value at a row."""
-        code = SensorReason(int(self.why[ALIASES.get(sensor, sensor)].iloc[i]))
-        return _sentence(sensor, code, self)
+        return _reason(self, sensor_name(sensor), i)
 
     def missing(self) -> dict[str, dict[str, int]]:
         """Rows without a value, per sensor and reason."""
-        counts = {name: self.why[name].value_counts().to_dict() for name in SENSORS}
-        return {name: {SensorReason(int(k)).name: int(n) for k, n in sorted(found.items()) if k} for name, found in counts.items() if set(found) - {0}}
+        counts = {name: np.bincount(self.why[name].to_numpy(dtype=np.int64), minlength=len(SensorReason)) for name in SENSORS}
+        found = {name: {code.name: int(n[code]) for code in SensorReason if code and n[code]} for name, n in counts.items()}
+        return {name: reasons for name, reasons in found.items() if reasons}
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #47409981
-def _sentence(sensor: str, code: SensorReason, table: SensorTable) -> str:
-    """A reason in words: limit, consequence, remedy."""
-    days = {"iv_7d": 7, "rv_7d": 7, "iv_rank_30d": 30, "iv_rank_6m": 182}.get(sensor, 30)
-    bars = {"rsi_14": RSI_BARS, "price_vs_ma200": MA_MIN_BARS}.get(sensor, ADX_BARS)
-    return {
-        SensorReason.ok: "",
-        SensorReason.no_expiry_near: f"no expiry with an at-the-money IV lies on both sides of {days} days, or within {days / FLAT_REACH:g} to {days * FLAT_REACH:g}",
-        SensorReason.delta_not_reached: "no expiry near 30 days quotes both a 25-delta call and a 25-delta put",
-        SensorReason.rv_not_trusted: f"the prices ({table.price_source}) cover less than half of {days} days or are worth fewer than 20 even returns; backfill candles or name a price history",
-        SensorReason.part_missing: "a sensor that it is made of is missing",
-        SensorReason.rank_window_thin: f"the IVs known cover less than {RANK_MIN_COVERAGE:.0%} of the trailing {days} days, or are fewer than {RANK_MIN_POINTS}; use a longer harvest",
-        SensorReason.rank_window_flat: f"the IV did not move over {days} days, so it has no rank",
-        SensorReason.too_few_bars: f"fewer than {bars} finished daily bars in a row ({table.bar_source}); backfill candles or name a price history",
-        SensorReason.bars_stale: f"the last finished daily bar ({table.bar_source}) is more than {MAX_BAR_AGE:g} days old; backfill candles",
-        SensorReason.bars_flat: "the price did not move over the daily bars, so there is no trend to measure",
-        SensorReason.no_ticker: "it is in the perpetual's ticker, which a harvest does not keep: live only",
-    }[code]
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #6773a079
-def _premium(a: np.ndarray, b: np.ndarray, why_a: np.ndarray, why_b: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A sensor made of two others, with the reason of the missing one."""
-    known = np.isfinite(a) & np.isfinite(b) & np.isfinite(value)
-    why = np.where(why_a > 0, why_a, np.where(why_b > 0, why_b, SensorReason.part_missing))
-    return np.where(known, value, np.nan), np.where(known, SensorReason.ok, why).astype(np.int8)
+# %% ../../nbs/20_vol/22_sensors.ipynb #2462b349
+_WORDS = {
+    SensorReason.no_expiry_near: "no expiry with an at-the-money IV brackets {days:g} days or lies within {near:g} to {far:g}",
+    SensorReason.delta_not_reached: "no expiry that brackets 30 days or lies within 15 to 60 quotes both a 25-delta call and a 25-delta put",
+    SensorReason.part_missing: "there is no spot price",
+    SensorReason.rank_window_thin: "the IVs known reach over less than 80 % of the trailing {days:g} days, or are fewer than 20: use a longer harvest, "
+                                   "or backfill the volatility index",
+    SensorReason.rank_window_flat: "the IV did not move over {days:g} days, so it has no rank",
+    SensorReason.too_few_bars: "{bars:.0f} finished daily bars in a row ({source}), {need} are needed: backfill candles or name a price history",
+    SensorReason.bars_stale: "the last finished daily bar ({source}) is more than 3 days old: backfill candles",
+    SensorReason.bars_flat: "the price did not move over the daily bars ({source}), so there is no trend to measure",
+    SensorReason.no_ticker: "no funding rate is known: it stands in the perpetual's ticker, live only, and a harvest does not keep it",
+}
 
 
-def _realized(prices: PriceSeries | None, time_ns: np.ndarray, days: float) -> tuple[np.ndarray, np.ndarray]:
-    """RV where it is trusted."""
-    if prices is None or not len(prices):
-        return np.full(len(time_ns), np.nan), np.full(len(time_ns), SensorReason.rv_not_trusted, dtype=np.int8)
-    vol = realized_vol(prices, time_ns, days)
-    return np.where(vol.trusted, vol.rv, np.nan), np.where(vol.trusted, SensorReason.ok, SensorReason.rv_not_trusted).astype(np.int8)
+def _reason(table: SensorTable, name: str, i: int) -> str:
+    """Limit, consequence and remedy; of a made sensor, those of its missing part."""
+    code = SensorReason(int(table.why[name].iloc[i]))
+    for part in MADE[name][:2] if name in MADE else ("iv_30d",) if name in RANK_DAYS and code < SensorReason.rank_window_thin else ():
+        if code and table.why[part].iloc[i]:
+            return f"{part} is missing: {_reason(table, part, i)}"
+    if code == SensorReason.ok:
+        return ""
+    if code == SensorReason.rv_not_trusted:
+        return _untrusted(table, name, i)
+    days = {"iv_7d": 7.0, **RANK_DAYS}.get(name, 30.0)
+    need = {"rsi_14": RSI_BARS, "price_vs_ma200": f"{MA_MIN_BARS} within {MA_DAYS} days"}.get(name, ADX_BARS)
+    return _WORDS[code].format(days=days, near=days / FLAT_REACH, far=days * FLAT_REACH, bars=table.bars[i], source=table.bar_source, need=need)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #4017b791
+# %% ../../nbs/20_vol/22_sensors.ipynb #39634274
+def _untrusted(table: SensorTable, name: str, i: int) -> str:
+    """Why an RV is not trusted, in numbers."""
+    vol = table.realized[name]
+    return (f"prices ({table.price_source}) cover {vol.covered_days[i]:.1f} of {vol.window_days:g} days ({vol.min_coverage:.0%} is needed) and are worth "
+            f"{vol.n_eff[i]:.1f} even returns ({vol.min_n_eff:g} are needed): backfill candles or name a price history")
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #03725d16
 def finish_sensors(
-    levels: pd.DataFrame,  # one row per snapshot, in time order: time, spot, iv_7d, iv_30d, skew_25d; what came before may stand in it too
+    levels: pd.DataFrame,  # one row per snapshot, ascending: time, spot, iv_7d, iv_30d, skew_25d, as in `chain_levels`
     prices: PriceSeries | None = None,  # for realized volatility
-    bars: DailyBars | None = None,  # for ADX, RSI and the 200-day mean; None: made from `prices`
-    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d` (decimal) of one source: where the levels' own window is thin, rank is taken in it
-    funding: Any = None,  # predicted funding rate of each snapshot, from the perpetual's ticker
+    bars: DailyBars | None = None,  # for ADX, RSI and the 200-day mean; None: made of `prices`
+    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d` (decimal) of one source, for ranks where the rows' own window is thin
+    funding: Any = None,  # predicted funding rate of the last row or of each, from the perpetual's ticker
 ) -> SensorTable:
     """All sensors at each snapshot, from nothing after it."""
-    time_ns = epoch_ns(levels["time"])
-    bars = bars if bars is not None else daily_bars(prices) if prices is not None else None
-    out: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, code in (("iv_7d", SensorReason.no_expiry_near), ("iv_30d", SensorReason.no_expiry_near), ("skew_25d", SensorReason.delta_not_reached)):
-        value = levels[name].to_numpy(dtype=np.float64)
-        out[name] = value, np.where(np.isfinite(value), SensorReason.ok, code).astype(np.int8)
-    out |= {f"rv_{days}d": _realized(prices, time_ns, days) for days in (7, 30)}
+    time_ns, out = epoch_ns(levels["time"]), {}  # type: ignore[var-annotated]
+    series = prices if prices is not None else PriceSeries(np.zeros(0, dtype=np.int64), np.zeros(0), "no prices")
+    daily = bars if bars is not None else daily_bars(series)
+    spot = levels["spot"].to_numpy(dtype=np.float64)
+    _add_levels(out, levels)
+    basis = _add_realized(out, time_ns, series)
     _add_made(out)
     _add_ranks(out, time_ns, iv_history)
-    _add_trend(out, time_ns, levels["spot"].to_numpy(dtype=np.float64), bars)
-    rate = np.full(len(levels), np.nan) if funding is None else np.broadcast_to(np.asarray(funding, dtype=np.float64), len(levels))
+    count = _add_trend(out, time_ns, spot, daily)
+    rate = np.full(len(levels), np.nan)
+    rate[-1 if np.ndim(funding) == 0 else slice(None)] = np.nan if funding is None else funding
     out["predicted_funding_rate"] = rate, np.where(np.isfinite(rate), SensorReason.ok, SensorReason.no_ticker).astype(np.int8)
-    frame = pd.DataFrame({"time": levels["time"].array, "spot": levels["spot"].to_numpy(), **{name: out[name][0] for name in SENSORS}})
-    return SensorTable(frame, pd.DataFrame({name: out[name][1] for name in SENSORS}), "none" if prices is None else prices.source,
-                       "none" if bars is None else bars.source)
+    frame = pd.DataFrame({"time": levels["time"].array, "spot": spot, **{name: out[name][0] for name in SENSORS}})
+    return SensorTable(frame, pd.DataFrame({name: out[name][1] for name in SENSORS}), series.source, daily.source, basis, count)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #fb911427
-def _add_made(out: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Premiums, ratios and the slope."""
-    def made(a: str, b: str, how: Any) -> tuple[np.ndarray, np.ndarray]:
-        (x, why_x), (y, why_y) = out[a], out[b]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return _premium(x, y, why_x, why_y, how(x, y))
-
-    out["vrp_7d"] = made("iv_7d", "rv_7d", np.subtract)
-    out["vrp_30d"] = made("iv_30d", "rv_30d", np.subtract)
-    out["front_rv_iv_ratio"] = made("rv_7d", "iv_7d", np.divide)
-    out["chop_factor"] = made("rv_7d", "iv_30d", np.divide)
-    out["term_slope"] = made("iv_7d", "iv_30d", np.subtract)
+# %% ../../nbs/20_vol/22_sensors.ipynb #25f6cf98
+def iv_history_of(
+    dvol: pd.DataFrame | None,  # candles of the exchange's 30-day volatility index: `timestamp` (opening, UTC), `close` in percent
+) -> pd.DataFrame | None:  # `time`, `iv_30d` (decimal), for ranks
+    """The volatility index as a history of 30-day IV, each close at the time it became known."""
+    if dvol is None or not len(dvol):
+        return None
+    closes = from_candles(dvol, "dvol")
+    return pd.DataFrame({"time": pd.to_datetime(closes.time_ns, utc=True), "iv_30d": np.exp(closes.log_price) / 100.0})
 
 
-def _add_ranks(out: dict[str, tuple[np.ndarray, np.ndarray]], time_ns: np.ndarray, iv_history: pd.DataFrame | None) -> None:
-    """Rank of the 30-day IV; in the history's own units where the snapshots' window is thin."""
-    for name, days in RANK_DAYS.items():
-        rank, why = iv_rank(time_ns, out["iv_30d"][0], days)
-        if iv_history is not None and len(iv_history):
-            past = _ns(iv_history["time"])
-            other, _ = iv_rank(past, iv_history["iv_30d"], days)
-            last = np.searchsorted(past, time_ns, side="right") - 1
-            fresh = (last >= 0) & (time_ns - past[np.maximum(last, 0)] <= NS_PER_DAY)
-            use = (why == SensorReason.rank_window_thin) & fresh & np.isfinite(other[np.maximum(last, 0)])
-            rank, why = np.where(use, other[np.maximum(last, 0)], rank), np.where(use, SensorReason.ok, why).astype(np.int8)
-        out[name] = rank, why
-
-
-def _add_trend(out: dict[str, tuple[np.ndarray, np.ndarray]], time_ns: np.ndarray, spot: np.ndarray, bars: DailyBars | None) -> None:
-    """ADX, RSI and the distance from the 200-day mean."""
-    found = bar_sensors(bars if bars is not None else daily_bars(PriceSeries(np.zeros(0, dtype=np.int64), np.zeros(0), "none")), time_ns)
-    out["adx_14"], out["rsi_14"] = found["adx_14"], found["rsi_14"]
-    mean, why = found["ma_200"]
-    away = spot / mean - 1.0
-    out["price_vs_ma200"] = away, np.where((why == 0) & ~np.isfinite(away), SensorReason.part_missing, why).astype(np.int8)
-
-# %% ../../nbs/20_vol/22_sensors.ipynb #a8512009
 def snapshot_sensors(
-    chain: Chain,  # one snapshot or many
-    prices: pd.DataFrame | PriceSeries | None = None,  # candles (`timestamp` opening, UTC; `close`), or a price series
-    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d`: the past of the 30-day IV
-    funding: Any = None,  # predicted funding rate, from the perpetual's ticker
-) -> SensorTable:
-    """Sensors from a price history and a chain."""
-    levels, _ = chain_levels(chain)
+    chain: Chain,  # one snapshot, or many in order of time
+    prices: pd.DataFrame | PriceSeries | None = None,  # candles (`timestamp` opening, UTC; `close`; open, high, low if known), or points
+    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d`: the past of the 30-day IV, as `iv_history_of` makes it
+    funding: float | None = None,  # predicted funding rate, from the perpetual's ticker
+) -> SensorTable:  # `.vector()` is the last snapshot's
+    """Sensors from a chain and a price history."""
     series = from_candles(prices) if isinstance(prices, pd.DataFrame) else prices
-    return finish_sensors(levels, series, daily_bars(prices) if prices is not None else None, iv_history, funding)
+    return finish_sensors(chain_levels(chain)[0], series, None if prices is None else daily_bars(prices), iv_history, funding)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #65490494
+# %% ../../nbs/20_vol/22_sensors.ipynb #d804d856
 SENSOR_COLUMNS = ["harvest_time", "instrument_name", "expiry", "expiry_timestamp", "option_type", "strike", "underlying_price", "mark_price", "mark_iv",
                   "index_price"]
+BATCH_SNAPSHOTS = 48
 
 
 @dataclass(frozen=True)
 class HarvestLevels:
-    """What a harvest's snapshots say, and what the sensors' prices come from."""
+    """What a harvest's snapshots say, and what prices may be made of."""
 
-    levels: pd.DataFrame  # as `chain_levels`
+    levels: pd.DataFrame  # as `chain_levels`, ascending in time
     forwards: pd.DataFrame  # time_ns, expiry_ns, forward
     failures: list[SchemaFailure] = field(default_factory=list)
 
 
+def _batches(refs: list[SnapshotRef]) -> list[list[SnapshotRef]]:
+    """Whole days, joined while they are small."""
+    out: list[list[SnapshotRef]] = []
+    for day in group_by_day(refs).values():
+        if out and len(out[-1]) + len(day) <= BATCH_SNAPSHOTS:
+            out[-1] += day
+        else:
+            out.append(list(day))
+    return out
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #996016e9
 def harvest_levels(
     store: Store,
     refs: list[SnapshotRef],  # in time order
     forward: Any = "auto",  # auto, quoted or parity, as in `normalize_chain`
-    start: Any = None,  # rows harvested outside are left out
-    end: Any = None,
+    start: Any = None,  # rows harvested before are left out
+    end: Any = None,  # rows harvested after are left out
 ) -> HarvestLevels:
-    """Read day by day, one day ahead, and keep a few numbers per snapshot."""
-    days = list(group_by_day(refs).values())
+    """Read day by day, and keep a few numbers per snapshot. Raises `NoUsableDataError` where no file can be read."""
     levels, forwards, failures = [], [], []
     with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(store.read_batch, days[0], SENSOR_COLUMNS) if days else None
-        for number in range(len(days)):
-            batch = coming.result()  # type: ignore[union-attr]
-            coming = ahead.submit(store.read_batch, days[number + 1], SENSOR_COLUMNS) if number + 1 < len(days) else None
+        waiting = [ahead.submit(store.read_batch, batch, SENSOR_COLUMNS) for batch in _batches(refs)[:2]]
+        coming = iter(_batches(refs)[2:])
+        while waiting:
+            batch = waiting.pop(0).result()
+            waiting += [ahead.submit(store.read_batch, more, SENSOR_COLUMNS) for more in [next(coming, None)] if more]
             frame = within_window(batch.frame, start, end).reset_index(drop=True)
             failures += batch.failures
             if len(frame):
                 one, prices = chain_levels(normalize_chain(frame, forward=forward, quote_iv=False, asset=refs[0].asset))
-                levels.append(one)
+                levels.append(one[one["time"].notna()])
                 forwards.append(prices)
-    kept = [part for part in levels if len(part)]
-    if not kept:
+    if not sum(map(len, levels)):
         raise NoUsableDataError(f"none of {len(refs)} snapshots could be read ({len(failures)} failed), so there are no sensors; check the files")
-    table = pd.concat(kept, ignore_index=True)
-    return HarvestLevels(table[table["time"].notna()].reset_index(drop=True), pd.concat(forwards, ignore_index=True), failures)
+    table = pd.concat([part for part in levels if len(part)], ignore_index=True).sort_values("time", kind="stable", ignore_index=True)
+    return HarvestLevels(table, pd.concat(forwards, ignore_index=True), failures)
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #67ba912d
-def price_context(
+# %% ../../nbs/20_vol/22_sensors.ipynb #3c7a1089
+def _candles_of(
+    series: PriceSeries, store: Store, asset: str, price_history: pd.DataFrame | str | Path | None
+) -> pd.DataFrame | PriceSeries:
+    """What daily bars are made of: the candles that a series came from, else its points."""
+    if series.source == "price_history" and price_history is not None:
+        return price_history if isinstance(price_history, pd.DataFrame) else load_price_history(price_history)
+    history = store.read_history(asset, "ohlc") if series.source == "history" else None
+    return series if history is None else history
+
+
+def timeline_sensors(
+    levels: pd.DataFrame,  # one row per snapshot, ascending: time, spot, iv_7d, iv_30d, skew_25d
+    series: PriceSeries | None,  # prices, as `choose_price_series` gave them
     store: Store,
-    asset: str,
-    price_history: pd.DataFrame | str | Path | None,
-    found: HarvestLevels | None = None,  # what the snapshots say, where no candles serve
-    start: Any = None,  # of the window
-    end: Any = None,
-) -> tuple[PriceSeries | None, DailyBars | None]:
-    """Prices in the order explicit file, `_history`, index, forwards; and bars of the same source. None where there is no price."""
-    explicit = price_history if isinstance(price_history, pd.DataFrame) or price_history is None else load_price_history(price_history)
-    history = store.read_history(asset, "ohlc")
-    index = forwards = None
-    if found is not None:
-        index = (epoch_ns(found.levels["time"]), found.levels["index_price"].to_numpy())
-        forwards = tuple(found.forwards[name].to_numpy() for name in ("time_ns", "expiry_ns", "forward"))
-    try:
-        series = choose_price_series(explicit, history, index, forwards, start, end)
-    except NoUsableDataError as error:
-        log.warning("sensors: %s", error)
-        return None, None
-    candles = {"price_history": explicit, "history": history}.get(series.source)
-    return series, daily_bars(series if candles is None else candles)
+    asset: str,  # BTC, ETH, SOL_USDC, ...
+    price_history: pd.DataFrame | str | Path | None = None,  # the explicit history, where one was named
+) -> SensorTable:
+    """Sensors of a calibrated window, from what pass 1 kept of each snapshot; ranks fall back on the store's volatility index."""
+    bars = None if series is None else daily_bars(_candles_of(series, store, asset, price_history))
+    return finish_sensors(levels, series, bars, iv_history_of(store.read_history(asset, "dvol")))
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #7d199f9e
+# %% ../../nbs/20_vol/22_sensors.ipynb #d65627ae
+def harvest_prices(
+    found: HarvestLevels,
+    explicit: pd.DataFrame | None = None,  # the history that the user named
+    history: pd.DataFrame | None = None,  # the store's own
+    start: Any = None,  # of the window
+    end: Any = None,  # of the window
+) -> PriceSeries | None:  # None where nothing serves
+    """Prices in the order explicit, `_history`, index, forwards."""
+    index = (epoch_ns(found.levels["time"]), found.levels["index_price"].to_numpy())
+    forwards = tuple(found.forwards[name].to_numpy() for name in ("time_ns", "expiry_ns", "forward"))
+    try:
+        return choose_price_series(explicit, history, index, forwards, start, end)
+    except NoUsableDataError as error:
+        log.warning("sensors without prices: %s", error)
+        return None
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #5ea12a78
 def harvest_sensor_table(
     store: Store | str | Path,  # the harvest, or its root
     asset: str,  # BTC, ETH, SOL_USDC, ...
@@ -554,19 +621,39 @@ def harvest_sensor_table(
     *,
     snapshot_step: int = 1,  # every N-th snapshot
     max_snapshots: int | None = None,  # then at most so many, evenly
-    price_history: pd.DataFrame | str | Path | None = None,  # candles, or a file of them; None: the store's own history, else its snapshots
-    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d`: ranks before the harvest's own window is long enough
+    price_history: pd.DataFrame | str | Path | None = None,  # candles, or a file of them; None: the store's own, else the snapshots
+    iv_history: pd.DataFrame | None = None,  # `time`, `iv_30d`: for ranks before the harvest's own window is long enough
     forward: Any = "auto",  # auto, quoted or parity
+    warmup_days: float = 0.0,  # also read so much of the harvest before `start`, for ranks and prices; its rows are not given
 ) -> SensorTable:
-    """Sensors of every snapshot of a window. Raises `NoUsableDataError` where there is none."""
+    """Sensors of every snapshot of a window, and why any is missing. Raises `NoUsableDataError` where there is no snapshot."""
     store = store if isinstance(store, Store) else Store(store)
-    refs = select_snapshots(store.find(asset, start, end), snapshot_step, max_snapshots)
+    begin = None if start is None else to_utc(start) - pd.Timedelta(days=warmup_days)
+    refs = select_snapshots(store.find(asset, begin, end), snapshot_step, max_snapshots)
     if not refs:
-        raise NoUsableDataError(f"no snapshot of {asset} in {store.root} between {start or 'the oldest'} and {end or 'the newest'}, so there are no sensors; "
-                                f"its assets are {store.assets()}")
-    found = harvest_levels(store, refs, forward, start, end)
-    series, bars = price_context(store, asset, price_history, found, refs[0].time, refs[-1].time)
-    return finish_sensors(found.levels, series, bars, iv_history)
+        raise NoUsableDataError(f"no snapshot of {asset} in {store.root} between {start or 'the oldest'} and {end or 'the newest'}, so there are "
+                                f"no sensors; its assets are {', '.join(store.assets()) or 'none'}")
+    found = harvest_levels(store, refs, forward, begin, end)
+    explicit = load_price_history(price_history) if isinstance(price_history, str | Path) else price_history
+    series = harvest_prices(found, explicit, store.read_history(asset, "ohlc"), refs[0].time, refs[-1].time)
+    bars = None if series is None else daily_bars(_candles_of(series, store, asset, explicit))
+    table = finish_sensors(found.levels, series, bars, iv_history)
+    return table if start is None else _from_time(table, to_utc(start))
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #86a4bfe1
+def _from_time(table: SensorTable, start: pd.Timestamp) -> SensorTable:
+    """The rows from a time on."""
+    keep = np.flatnonzero(table.frame["time"] >= start)
+    first = int(keep[0]) if len(keep) else len(table.frame)
+    realized = {name: _cut(vol, first) for name, vol in table.realized.items()}
+    frame, why = table.frame.iloc[first:].reset_index(drop=True), table.why.iloc[first:].reset_index(drop=True)
+    return SensorTable(frame, why, table.price_source, table.bar_source, realized, table.bars[first:])
+
+
+def _cut(vol: RealizedVol, first: int) -> RealizedVol:
+    """The estimates from one on."""
+    arrays: dict[str, Any] = {name: value[first:] for name, value in vars(vol).items() if isinstance(value, np.ndarray)}
+    return replace(vol, **arrays)
 
 
 def harvest_sensors(
@@ -574,24 +661,23 @@ def harvest_sensors(
     asset: str,  # BTC, ETH, SOL_USDC, ...
     start: Any = None,  # first instant, UTC, inclusive
     end: Any = None,  # last instant, UTC, inclusive
-    **options: Any,  # as `harvest_sensor_table`: snapshot_step, max_snapshots, price_history, iv_history, forward
+    **options: Any,  # as `harvest_sensor_table`: snapshot_step, max_snapshots, price_history, iv_history, forward, warmup_days
 ) -> pd.DataFrame:  # one row per snapshot: time, spot, and each of `SENSORS`; `attrs["missing"]` counts what is not known, by reason
     """Sensors through time as a frame."""
     table = harvest_sensor_table(store, asset, start, end, **options)
-    frame = table.frame
-    frame.attrs = {"missing": table.missing(), "price_source": table.price_source, "bar_source": table.bar_source}
-    return frame
+    table.frame.attrs = {"missing": table.missing(), "price_source": table.price_source, "bar_source": table.bar_source}
+    return table.frame
 
-# %% ../../nbs/20_vol/22_sensors.ipynb #74ab1a6f
+# %% ../../nbs/20_vol/22_sensors.ipynb #77c64a86
 def sensor_summary(
     table: SensorTable,
     names: tuple[str, ...] = RESULT_SENSORS,
-) -> dict[str, dict[str, Any]]:  # per sensor: mean, last, count, reason (why the last is missing), for a result
+) -> dict[str, dict[str, Any]]:  # per sensor: mean, last, count, reason (why the last is missing), as a result keeps them
     """Mean over the snapshots that know it, and the last one."""
     out = {}
     for name in names:
         values = table.frame[name].to_numpy()
         known, last = values[np.isfinite(values)], values[-1] if len(values) else np.nan
         out[name] = {"mean": float(known.mean()) if len(known) else None, "last": float(last) if np.isfinite(last) else None,
-                     "count": int(len(known)), "reason": table.reason(name) or None if len(values) else "there are no snapshots"}
+                     "count": int(len(known)), "reason": (table.reason(name) or None) if len(values) else "there is no snapshot"}
     return out
