@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['DETAIL_PARTS', 'SCHEMA_VERSION', 'METADATA', 'VERSIONS', 'HISTORY', 'BUSY_SECONDS', 'CONNECT_SECONDS',
            'CalibrationHistoryEntry', 'entry_from_result', 'UtcColumn', 'history_url', 'history_connection',
-           'insert_calibration_history', 'mark_applied', 'find_calibrations', 'get_latest_calibration',
+           'insert_calibration_history', 'mark_within', 'mark_applied', 'find_calibrations', 'get_latest_calibration',
            'get_calibration', 'list_recent_calibrations', 'history_frame']
 
 # %% ../../nbs/50_ops/50_history.ipynb #d5621315
@@ -391,6 +391,20 @@ def insert_calibration_history(
     return int(number[0])
 
 # %% ../../nbs/50_ops/50_history.ipynb #266d97ff
+def mark_within(
+    connection: Connection,  # of a write transaction
+    id: int,  # of the run
+    by: str,  # who or what applied it
+) -> CalibrationHistoryEntry:
+    """Note within the caller's transaction that a run was applied. Raises `HistoryError` for an id that is none."""
+    found = connection.execute(sa.select(HISTORY).where(HISTORY.c.id == id).with_for_update()).mappings().one_or_none()
+    if found is None:
+        raise HistoryError(f"there is no run {id} in the history, so nothing was marked; see `volcal history`")
+    details = {**(found["details"] or {}), "applied": {"by": by, "at": datetime.now(UTC).isoformat()}}
+    connection.execute(sa.update(HISTORY).where(HISTORY.c.id == id).values(applied=True, details=details))
+    return _entry({**found, "applied": True, "details": details})
+
+
 def mark_applied(
     id: int,  # of the run
     by: str = "volcal",  # who or what applied it
@@ -398,12 +412,7 @@ def mark_applied(
 ) -> CalibrationHistoryEntry:
     """Note that a run was applied, by whom and when. Raises `HistoryError` for an id that is none."""
     with history_connection(url, write=True) as connection:
-        found = connection.execute(sa.select(HISTORY).where(HISTORY.c.id == id).with_for_update()).mappings().one_or_none()
-        if found is None:
-            raise HistoryError(f"there is no run {id} in the history, so nothing was marked; see `volcal history`")
-        details = {**(found["details"] or {}), "applied": {"by": by, "at": datetime.now(UTC).isoformat()}}
-        connection.execute(sa.update(HISTORY).where(HISTORY.c.id == id).values(applied=True, details=details))
-    return _entry({**found, "applied": True, "details": details})
+        return mark_within(connection, id, by)
 
 # %% ../../nbs/50_ops/50_history.ipynb #92904b65
 def _entry(row: Any) -> CalibrationHistoryEntry:
