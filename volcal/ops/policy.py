@@ -37,8 +37,8 @@ from ..vol.surface import VolSurface, set_applied_surface, term_multiplier
 __all__ = ['APPLIED_VERSION', 'APPLIED', 'policy_thresholds', 'ewma', 'market_day', 'runs_to_smooth', 'entry_verdict',
            'LevelChange', 'PolicyDecision', 'level_changes', 'vega_sum_of', 'decide', 'AppliedState',
            'NothingToApplyError', 'applied_connection', 'list_applied', 'current_applied', 'surface_to_apply',
-           'apply_run', 'revert_applied', 'load_applied', 'MultiplierInForce', 'multipliers_in_force', 'UseLatest',
-           'use_latest']
+           'decision_on', 'apply_run', 'revert_applied', 'load_applied', 'MultiplierInForce', 'multipliers_in_force',
+           'UseLatest', 'use_latest']
 
 # %% ../../nbs/50_ops/51_policy.ipynb #8af5c646
 _LOG = logging.getLogger("volcal.ops.policy")
@@ -383,6 +383,28 @@ def _behind(entry: CalibrationHistoryEntry, now: AppliedState | None) -> str | N
         return None
     return f"not applied: the run speaks of {market_day(entry)}, what is applied of {applied_day}, which is newer"
 
+
+def _decide_after(
+    runs: Sequence[CalibrationHistoryEntry], now: AppliedState | None, by_hand: bool, force: bool, smooth: bool, settings: Settings | None
+) -> PolicyDecision:
+    """The decision on the last run, given what is applied."""
+    in_force = VolSurface.model_validate(now.surface) if now and now.surface else None
+    decision = decide(runs, in_force, by_hand, force, smooth, settings)
+    why = None if force or decision.action != "apply" else _behind(runs[-1], now)
+    return decision if why is None else decision.model_copy(update={"action": "hold", "reason": why})
+
+
+def decision_on(
+    run: CalibrationHistoryEntry | int,  # a run of the history, or its number
+    by_hand: bool = False,  # a person would ask for it
+    url: str | None = None,
+    settings: Settings | None = None,  # thresholds; default: this process's
+) -> PolicyDecision:
+    """What the policy says of a run now; nothing is changed."""
+    entry = get_calibration(run, url) if isinstance(run, int) else run
+    runs = runs_to_smooth(entry, url, policy_thresholds(settings)["smoothing_window_days"])
+    return _decide_after(runs, current_applied(entry.underlying, url), by_hand, False, True, settings)
+
 # %% ../../nbs/50_ops/51_policy.ipynb #c823eb83
 def apply_run(
     run: CalibrationHistoryEntry | int,  # a run of the history, or its number
@@ -398,10 +420,7 @@ def apply_run(
     runs = runs_to_smooth(entry, url, policy_thresholds(settings)["smoothing_window_days"])
     with applied_connection(url, write=True) as connection:
         now = next(iter(_log(connection, entry.underlying)), None)
-        in_force = VolSurface.model_validate(now.surface) if now and now.surface else None
-        decision = decide(runs, in_force, by_hand, force, smooth, settings)
-        if decision.action == "apply" and not force and (why := _behind(entry, now)):
-            decision = decision.model_copy(update={"action": "hold", "reason": why})
+        decision = _decide_after(runs, now, by_hand, force, smooth, settings)
         state = _apply(connection, entry, decision, now, by) if decision.action == "apply" else None
     if decision.action == "reject" and by_hand:
         raise GuardrailError(decision.reason)
