@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,9 +27,10 @@ from .smile import atm_by_group, constant_maturity_groups, delta_iv
 __all__ = ['log', 'SENSORS', 'RESULT_SENSORS', 'ALIASES', 'BAR_MIN_HOURS', 'MAX_BAR_GAP', 'MAX_BAR_AGE', 'ADX_BARS', 'RSI_BARS',
            'MA_DAYS', 'MA_MIN_BARS', 'RANK_DAYS', 'RANK_MIN_COVERAGE', 'RANK_MIN_POINTS', 'MATURITIES', 'FLAT_REACH',
            'LEVELS', 'MADE', 'SENSOR_COLUMNS', 'BATCH_SNAPSHOTS', 'sensor_name', 'SensorReason', 'DailyBars',
-           'daily_bars', 'wilder_rsi', 'wilder_adx', 'bar_sensors', 'iv_rank', 'chain_levels', 'SensorTable',
-           'finish_sensors', 'iv_history_of', 'snapshot_sensors', 'HarvestLevels', 'harvest_levels', 'timeline_sensors',
-           'harvest_prices', 'harvest_sensor_table', 'harvest_sensors', 'sensor_summary']
+           'daily_bars', 'wilder_rsi', 'wilder_adx', 'bar_sensors', 'iv_rank', 'ExpiryGroups', 'expiry_groups',
+           'chain_levels', 'SensorTable', 'finish_sensors', 'iv_history_of', 'snapshot_sensors', 'HarvestLevels',
+           'harvest_levels', 'timeline_sensors', 'harvest_prices', 'harvest_sensor_table', 'harvest_sensors',
+           'sensor_summary']
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #1dca418d
 log = logging.getLogger("volcal.sensors")
@@ -305,42 +306,60 @@ def _maturity(offsets: np.ndarray, t: np.ndarray, iv: np.ndarray, days: float) -
     return np.where((found.flag[:, 0] == 0) | (nearest <= np.log(FLAT_REACH) + 1e-12), found.iv[:, 0], np.nan)
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #2aa62b02
-def _expiry_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per (snapshot, expiry) of a chain's frame, in order: t, forward, at-the-money IV, 25-delta call and put IV."""
+class ExpiryGroups(NamedTuple):
+    """Which expiry of which snapshot each row of a chain belongs to."""
+
+    group: np.ndarray  # (n,) int, snapshot x expiries + expiry in order of time
+    expiries: int  # how many expiries the whole chain has
+    count: int  # groups
+    atm: np.ndarray  # (count,) at-the-money IV, decimal
+
+
+def expiry_groups(
+    frame: pd.DataFrame,  # of a chain, not empty
+) -> ExpiryGroups:
+    """Group the rows by snapshot and expiry."""
     code, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
     snapshot = frame["snapshot"].to_numpy()
     group, count = snapshot.astype(np.int64) * len(expiries) + code, (int(snapshot.max()) + 1) * len(expiries)
-    sign, iv = np.where(frame["option_type"].array == "C", 1.0, -1.0), frame["mark_iv"].to_numpy()
-    atm = atm_by_group(group, count, frame["log_moneyness"].to_numpy(), iv, sign)
-    wings = delta_iv(group, count, frame["call_delta"].to_numpy(), iv, sign, (0.25, 0.75)).iv
-    t, forward = np.full(count, np.nan), np.full(count, np.nan)
-    t[group], forward[group] = frame["t"].to_numpy(), frame["forward"].to_numpy()
-    there = np.flatnonzero(np.isfinite(t))
-    wings = np.where(np.isfinite(wings).all(axis=1, keepdims=True), wings, np.nan)[there]
-    columns = {"expiry_ns": expiries[there % len(expiries)], "t": t[there], "forward": forward[there], "atm": atm[there]}
-    return pd.DataFrame({"snapshot": there // len(expiries), **columns, "call_25d": wings[:, 0], "put_25d": wings[:, 1]})
+    atm = atm_by_group(group, count, frame["log_moneyness"].to_numpy(), frame["mark_iv"].to_numpy())
+    return ExpiryGroups(group, len(expiries), count, atm)
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #5639579a
+def _expiry_table(frame: pd.DataFrame, groups: ExpiryGroups) -> dict[str, np.ndarray]:
+    """Per (snapshot, expiry) in order: snapshot, expiry_ns, t, forward, at-the-money IV, 25-delta call and put IV."""
+    group, per, count, atm = groups
+    sign = np.where(frame["option_type"].array.codes == frame["option_type"].array.categories.get_loc("C"), 1.0, -1.0)
+    wings = delta_iv(group, count, frame["call_delta"].to_numpy(), frame["mark_iv"].to_numpy(), sign, (0.25, 0.75)).iv
+    t, forward, expiry_ns = np.full(count, np.nan), np.full(count, np.nan), np.zeros(count, dtype=np.int64)
+    t[group], forward[group], expiry_ns[group] = frame["t"].to_numpy(), frame["forward"].to_numpy(), frame["expiry"].array.asi8
+    there = np.flatnonzero(np.isfinite(t))
+    call, put = np.where(np.isfinite(wings).all(axis=1, keepdims=True), wings, np.nan)[there].T
+    return {"snapshot": there // per, "expiry_ns": expiry_ns[there], "t": t[there], "forward": forward[there], "atm": atm[there],
+            "call_25d": call, "put_25d": put}
+
+# %% ../../nbs/20_vol/22_sensors.ipynb #dd803854
 LEVELS = ("time", "spot", "index_price", "iv_7d", "iv_30d", "skew_25d")
 
 
 def chain_levels(
     chain: Chain,
+    groups: ExpiryGroups | None = None,  # of its rows, where they are known already
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # one row per snapshot: `LEVELS`; one per (snapshot, expiry): time_ns, expiry_ns, forward
     """All that sensors through time need to keep of a chain. Spot is the index, else the nearest forward."""
     snapshots = chain.snapshots["snapshot"].to_numpy()
     out: dict[str, Any] = {"time": chain.snapshots["time"].array, **{name: np.full(len(snapshots), np.nan) for name in LEVELS[1:]}}
     if not len(chain.frame):
         return pd.DataFrame(out), pd.DataFrame({"time_ns": [], "expiry_ns": [], "forward": []})
-    table = _expiry_table(chain.frame)
-    offsets, t = np.searchsorted(table["snapshot"].to_numpy(), np.append(snapshots, snapshots[-1] + 1)), table["t"].to_numpy()
+    table = _expiry_table(chain.frame, groups or expiry_groups(chain.frame))
+    offsets, t = np.searchsorted(table["snapshot"], np.append(snapshots, snapshots[-1] + 1)), table["t"]
     for name, days in MATURITIES.items():
-        out[name] = _maturity(offsets, t, table["atm"].to_numpy(), days)
-    out["skew_25d"] = _maturity(offsets, t, table["put_25d"].to_numpy(), 30.0) - _maturity(offsets, t, table["call_25d"].to_numpy(), 30.0)
+        out[name] = _maturity(offsets, t, table["atm"], days)
+    out["skew_25d"] = _maturity(offsets, t, table["put_25d"], 30.0) - _maturity(offsets, t, table["call_25d"], 30.0)
     out["index_price"] = _last_index(chain, snapshots)
-    nearest = np.where(offsets[:-1] < offsets[1:], table["forward"].to_numpy()[np.minimum(offsets[:-1], len(table) - 1)], np.nan)
+    nearest = np.where(offsets[:-1] < offsets[1:], table["forward"][np.minimum(offsets[:-1], len(t) - 1)], np.nan)
     out["spot"] = np.where(np.isfinite(out["index_price"]), out["index_price"], nearest)
-    times = epoch_ns(chain.snapshots["time"])[np.searchsorted(snapshots, table["snapshot"].to_numpy())]
+    times = epoch_ns(chain.snapshots["time"])[np.searchsorted(snapshots, table["snapshot"])]
     return pd.DataFrame(out), pd.DataFrame({"time_ns": times, "expiry_ns": table["expiry_ns"], "forward": table["forward"]})
 
 
