@@ -126,16 +126,12 @@ CLOCK_TOLERANCE_MINUTES = 15.0
 _NOT_EVENTS = ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
 
 
-def _believable(frame: pd.DataFrame, refs: list[SnapshotRef]) -> tuple[pd.DataFrame, int]:
-    """Rows of snapshots whose harvest_time agrees with their file's name; and how many snapshots do not."""
-    if not len(frame):
-        return frame, 0
-    snapshot, times = frame["snapshot"].to_numpy(), frame["harvest_time"].array.asi8
-    starts = np.flatnonzero(np.r_[True, snapshot[1:] != snapshot[:-1]])
-    named = np.array([refs[s].time.value for s in snapshot[starts]])
-    off = np.abs(np.maximum.reduceat(times, starts) - named) > CLOCK_TOLERANCE_MINUTES * 60e9
-    wrong = np.repeat(off & (np.maximum.reduceat(times, starts) > 0), np.diff(np.append(starts, snapshot.size)))
-    return (frame[~wrong], int(off.sum())) if wrong.any() else (frame, 0)
+def _believable(frame: pd.DataFrame, refs: list[SnapshotRef]) -> pd.DataFrame:
+    """Rows whose harvest_time agrees with their file's name; those without a time are left for the chain to count."""
+    times = frame["harvest_time"]
+    named = np.array([ref.time.value for ref in refs], dtype=np.int64)[frame["snapshot"].to_numpy()]
+    off = (np.abs(times.array.asi8 - named) > CLOCK_TOLERANCE_MINUTES * 60e9) & times.notna().to_numpy()
+    return frame[~off] if off.any() else frame
 
 
 def day_chain(
@@ -145,9 +141,9 @@ def day_chain(
     """The normalised chain of a day, without rows harvested outside the window or dated far from their file's name."""
     config, harvest = task.plan.config, task.plan.config.harvest
     assert harvest is not None
-    dated, wrong = _believable(batch.frame, batch.refs)
+    dated = _believable(batch.frame, batch.refs)
     frame = within_window(dated, harvest.start_time, harvest.end_time).reset_index(drop=True)
-    events = Counter({"clock_disagrees": wrong, "harvested_outside_window": len(dated) - len(frame)})
+    events = Counter({"clock_disagrees": len(batch.frame) - len(dated), "harvested_outside_window": len(dated) - len(frame)})
     chain = normalize_chain(frame, forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
     place = {ref.time: number for number, ref in enumerate(task.refs)}
     where = np.array([place[batch.refs[int(s)].time] for s in chain.snapshots["snapshot"]], dtype=np.int64)
@@ -366,10 +362,11 @@ def _rv_note(config: CalibrationConfig, basis: RealizedVol | None, untrusted: in
     remedy = "pass harvest.price_history, backfill candles, or lower min_rv_coverage or min_rv_n_eff"
     if basis is None or series is None:
         return f"RV of {untrusted} of {total} snapshots is not trusted: there are no prices; {served}; {remedy}"
+    lost = ~basis.trusted
     return (
-        f"RV of {untrusted} of {total} snapshots is not trusted: of the {config.rv_window_days:g}-day window at best "
-        f"{basis.covered_days.max():.1f} days are covered (at least {config.min_rv_coverage:.0%} needed) and the effective number of returns "
-        f"is at best {basis.n_eff.max():.1f} (at least {config.min_rv_n_eff:g} needed, largest gap {basis.largest_gap_days.max() * 24:.0f} h, "
+        f"RV of {untrusted} of {total} snapshots is not trusted: of the {config.rv_window_days:g}-day window they have at best "
+        f"{basis.covered_days[lost].max():.1f} days covered (at least {config.min_rv_coverage:.0%} needed) and an effective number of returns of "
+        f"at best {basis.n_eff[lost].max():.1f} (at least {config.min_rv_n_eff:g} needed, largest gap {basis.largest_gap_days[lost].max() * 24:.0f} h, "
         f"prices from {series.source}); {served}; {remedy}"
     )
 
@@ -403,14 +400,14 @@ def _degrade(
     quality: DataQuality,
     rv_missing: bool,  # default_iv stood in for RV
     notes: list[str],  # the last of them says why
-    clock_disagrees: int = 0,  # snapshots left out because their time is not their name's
+    clock_disagrees: int = 0,  # rows left out because their time is not their file name's
 ) -> dict[str, Any]:
     """The quality block; at best degraded where default_iv stood in for RV, or where the harvester's clock cannot be believed."""
     block = quality.to_dict()
     found = [("rv_not_trusted", quality.num_snapshots, notes[-1])] if rv_missing else []
     if clock_disagrees:
         told = (
-            f"{clock_disagrees} snapshots say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
+            f"{clock_disagrees} rows say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
             "expiry cannot be believed; they are left out; check the harvester's clock"
         )
         found.append(("clock_disagrees", clock_disagrees, told))
