@@ -100,14 +100,18 @@ def fit_skew(
     by_side: dict[str, dict[float, float]] = {}
     reasons: dict[str, str] = {}
     counts: dict[str, dict[float, int]] = {}
-    pool = moments[0] if list(option_types) == ["C"] else moments.sum(axis=0)
-    for name, table in (("call", moments[0]), ("put", moments[1]), ("pooled", pool)):
+    for name, table in (("call", moments[0]), ("put", moments[1])):
         fitted = [ratio_from_moments(m) for m in table]
         by_side[name] = {d: value for d, (value, _) in zip(FIT_DELTAS, fitted)}
         counts[name] = {d: int(m[0]) for d, m in zip(FIT_DELTAS, table)}
         reasons |= {f"{name} {d:.2f}": why for d, (_, why) in zip(FIT_DELTAS, fitted) if why}
-    pooled = by_side.pop("pooled")
-    return FittedSkew(by_side, pooled, counts, reasons)
+    sides = ["call"] if list(option_types) == ["C"] else ["call", "put"]
+    values = np.array([[by_side[side][d] for d in FIT_DELTAS] for side in sides])
+    weights = np.where(np.isfinite(values), moments[: len(sides), :, 1], 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        pooled = (np.nan_to_num(values) * weights).sum(axis=0) / weights.sum(axis=0)
+    counts["pooled"] = {d: sum(counts[side][d] for side in sides) for d in FIT_DELTAS}
+    return FittedSkew(by_side, dict(zip(FIT_DELTAS, pooled.tolist())), counts, reasons)
 
 # %% ../../nbs/30_calibration/34_skew_fit.ipynb #d2d2790c
 POSITIONS = 201
