@@ -5,12 +5,13 @@
 # %% ../../nbs/40_universe/42_chains.ipynb #c0615309
 from __future__ import annotations
 
-import functools
 import json
+import logging
 import math
-from datetime import timedelta
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,20 +19,26 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..calibration.config import load_mapping
+from ..market.chain import normalize_chain
+from ..market.implied import implied_vol
 from ..market.instruments import MONTHS, settlement_of
 from ..market.pricing import norm_cdf_scalar, price_scalar, vega_scalar
-from ..market.store import Store
-from .paths import Path, SpotPath, simulate_path
-from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, ConfigError, epoch_ns, to_utc
+from ..market.store import Store, select_snapshots
+from .paths import Path, SpotPath, path_model, price_decimals, simulate_path
+from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, ConfigError, NoUsableDataError, epoch_ns, to_utc
 from ..vol.realized import PriceSeries, from_candles, realized_vol
-from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_scalar, term_multiplier
+from ..vol.regimes import RegimeParams
+from ..vol.surface import VolSurface, get_synthetic_iv, regime_skew_nodes, skewed_iv_scalar
+
+log = logging.getLogger("volcal.chains")
 
 # %% auto #0
-__all__ = ['KINDS', 'LISTED_DAYS', 'GRIDS', 'SAMPLE_DAYS', 'SAMPLE_SEED', 'last_friday', 'expiry_calendar', 'round_step',
+__all__ = ['log', 'KINDS', 'LISTED_DAYS', 'GRIDS', 'SAMPLE_DAYS', 'SAMPLE_SEED', 'last_friday', 'expiry_calendar', 'round_step',
            'strike_grid', 'floored_iv_kernel', 'skew_taper', 'QuoteModel', 'tick_size', 'hashed_uniform',
            'SyntheticConfig', 'load_synthetic_config', 'SyntheticUniverse', 'forward_curve', 'surface_state',
-           'quote_rows', 'open_interest', 'instrument_names', 'build_chain', 'write_universe', 'sample_config',
-           'sample_universe', 'sample_truth', 'write_sample']
+           'quote_rows', 'open_interest', 'instrument_names', 'Listing', 'listing', 'build_chain', 'write_universe',
+           'simulate', 'learn_quotes', 'arbitrage_report', 'sample_config', 'sample_universe', 'sample_truth',
+           'write_sample']
 
 # %% ../../nbs/40_universe/42_chains.ipynb #02b229d2
 KINDS = ("daily", "weekly", "monthly", "quarterly")
@@ -70,7 +77,10 @@ def expiry_calendar(
 
 # %% ../../nbs/40_universe/42_chains.ipynb #30a3f64a
 #  kind: (fine step, fine half-width, coarse step, coarse half-width), all as shares of spot
-GRIDS = {"daily": (0.007, 0.05, 0.014, 0.10), "weekly": (0.014, 0.14, 0.028, 0.28), "monthly": (0.014, 0.20, 0.06, 0.50), "quarterly": (0.028, 0.35, 0.12, 1.20)}
+GRIDS = {
+    "daily": (0.007, 0.05, 0.014, 0.10), "weekly": (0.014, 0.14, 0.028, 0.28), "monthly": (0.014, 0.20, 0.06, 0.50),
+    "quarterly": (0.028, 0.35, 0.12, 1.20),
+}
 
 
 def round_step(
@@ -153,7 +163,7 @@ def hashed_uniform(
     *keys: Any,  # integers or integer arrays that broadcast
 ) -> np.ndarray:  # uniform on (0, 1), the same for the same keys
     """Random numbers by name, not by order, so that one day can be made again without the others (splitmix64)."""
-    state = np.uint64(0x9E3779B97F4A7C15)
+    state: Any = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for key in keys:
             state = (state ^ np.asarray(key).astype(np.int64).astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -216,11 +226,13 @@ class SyntheticUniverse:
         days: float,  # how long it lasts after start_time
     ) -> None:
         self.config = load_synthetic_config(config)
-        self.step_ns = int(pd.Timedelta(self.config.spot_path.step).value)
-        self.start_ns = to_utc(self.config.start_time).value
+        self.step_ns = int(pd.Timedelta(self.config.spot_path.step).as_unit("ns").value)
+        self.start_ns = to_utc(self.config.start_time).as_unit("ns").value
         warm = math.ceil(self.config.warmup_days * NS_PER_DAY / self.step_ns)
         steps = warm + math.ceil(days * NS_PER_DAY / self.step_ns)
-        self.path: Path = simulate_path(self.config.spot_path, pd.Timestamp(self.start_ns - warm * self.step_ns, tz="UTC"), steps, self.config.seed)
+        begin = pd.Timestamp(self.start_ns - warm * self.step_ns, tz="UTC")
+        self.path: Path = simulate_path(self.config.spot_path, begin, steps, self.config.seed, self.config.vol_surface.rv_window_days)
+        self.listings: dict[Any, Any] = {}
         self.prices: PriceSeries = from_candles(self.path.candles)
         self.settlement = settlement_of(self.config.asset)
 
@@ -231,15 +243,16 @@ class SyntheticUniverse:
 
     def at(self, time: Any) -> int:
         """Index of the last step that has ended by `time`. Raises `ConfigError` outside the path."""
-        i = int(np.searchsorted(self.path.time_ns, to_utc(time).value, side="right")) - 1
-        if i < 0 or to_utc(time).value > self.path.time_ns[-1]:
+        when = to_utc(time).as_unit("ns").value
+        i = int(np.searchsorted(self.path.time_ns, when, side="right")) - 1
+        if i < 0 or when > self.path.time_ns[-1]:
             first, last = (pd.Timestamp(self.path.time_ns[j], tz="UTC") for j in (0, -1))
             raise ConfigError(f"{time} is outside the simulated path ({first} to {last}), so there is no market then; simulate more days")
         return i
 
     def realized(self, time: Any) -> float:
         """Trailing realized vol at `time`, by the same function and candles that a calibration uses."""
-        return float(realized_vol(self.prices, np.array([to_utc(time).value]), self.config.vol_surface.rv_window_days).rv[0])
+        return float(realized_vol(self.prices, np.array([to_utc(time).as_unit("ns").value]), self.config.vol_surface.rv_window_days).rv[0])
 
 # %% ../../nbs/40_universe/42_chains.ipynb #c29c1b12
 def forward_curve(
@@ -250,25 +263,24 @@ def forward_curve(
 ) -> np.ndarray:  # (n,) USD, two decimals as quoted (eight significant digits below 100)
     """Forwards by a carry that moves from front to back over a quarter."""
     carry = front + (back - front) * (1.0 - np.exp(-4.0 * t))
-    return np.round(spot * np.exp(carry * t), 2 if spot > 100 else 6)
+    return np.round(spot * np.exp(carry * t), price_decimals(spot))
 
 
 def surface_state(
     config: SyntheticConfig,
+    params: RegimeParams,  # of the active regime
     rv: float,  # trailing realized vol, decimal
     dte: np.ndarray,  # (e,) days to each expiry
-    regime: int,  # active regime
     iv_noise: float = 0.0,  # x = ln(IV / (RV m))
-    skew_noise: float = 0.0,  # added to the skew scale
+    skew_noise: float = 0.0,  # deviation of the 25-delta skew over ATM IV
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # level (e,), call deltas (n,), ratios (e, n)
-    """What every expiry's smile is made of."""
-    surface, params = config.vol_surface, config.spot_path.regimes[regime]
-    level = (surface.fixed_iv if surface.iv_mode == "fixed" else rv) * term_multiplier(surface, dte)
-    level = level * math.exp(iv_noise if config.iv_noise else 0.0)
-    scale = params.skew_scale + (skew_noise if config.iv_noise else 0.0)
+    """What every expiry's smile is made of: the surface's level and nodes under the regime, moved by its noise."""
+    surface = config.vol_surface
+    x, y = (iv_noise, skew_noise) if config.iv_noise else (0.0, 0.0)
+    level = get_synthetic_iv(surface, rv, dte, regime=params) * math.exp(x)
     if not surface.skew.enabled:
         return level, np.zeros(0), np.ones((dte.size, 0))
-    deltas, ratios = skew_nodes(surface.skew, params.skew_mode, scale)
+    deltas, ratios = regime_skew_nodes(surface.skew, params, y)
     return level, deltas, 1.0 + skew_taper(dte, surface.skew.max_dte, config.skew_taper_power)[:, None] * (ratios - 1.0)
 
 # %% ../../nbs/40_universe/42_chains.ipynb #64b5fb69
@@ -330,21 +342,6 @@ def _inverse_erf(x: np.ndarray) -> np.ndarray:
     return np.asarray(erfinv(x))
 
 # %% ../../nbs/40_universe/42_chains.ipynb #93c008c4
-def _listed(universe: SyntheticUniverse, now: pd.Timestamp) -> pd.DataFrame:
-    """Expiries listed at `now`, each with its strikes."""
-    calendar = expiry_calendar(now)
-    calendar = calendar[calendar["expiry"] - now <= pd.Timedelta(days=universe.config.max_expiry_days)].reset_index(drop=True)
-    reference = universe.config.spot_path.start_spot
-    today = np.searchsorted(universe.path.time_ns, now.normalize().value, side="right")
-    grids = []
-    for row in calendar.itertuples():
-        first = np.searchsorted(universe.path.time_ns, row.listed.value)
-        seen = universe.path.spot[min(first, today - 1):max(today, 1)]
-        grids.append(strike_grid(row.kind, reference, float(seen.min()), float(seen.max()), universe.config.strike_width))
-    calendar["strikes"] = grids
-    return calendar
-
-
 def instrument_names(
     asset: str,
     expiry: pd.Timestamp,
@@ -355,50 +352,79 @@ def instrument_names(
     texts = [f"{k:.10f}".rstrip("0").rstrip(".").replace(".", "d") for k in strikes]
     return [f"{when}-{text}-{kind}" for text in texts for kind in "CP"]
 
+
+@dataclass(frozen=True)
+class Listing:
+    """The options listed at a moment; rows are calls and puts in turn, by expiry and strike."""
+
+    expiry_ns: np.ndarray  # (e,)
+    listed_ns: np.ndarray  # (e,)
+    expiry: np.ndarray  # (n,) number of the row's expiry
+    strike: np.ndarray  # (n,)
+    sign: np.ndarray  # (n,) +1 call, -1 put
+    texts: pd.DataFrame  # (n,) the columns of the harvest layout that name the row
+
+
+def _strikes(universe: SyntheticUniverse, kind: str, listed: pd.Timestamp, today: int) -> np.ndarray:
+    """Strikes of an expiry, from where spot has been between its listing and last midnight."""
+    first = int(np.searchsorted(universe.path.time_ns, listed.as_unit("ns").value))
+    seen = universe.path.spot[min(first, today - 1):today]
+    return strike_grid(kind, universe.config.spot_path.start_spot, float(seen.min()), float(seen.max()), universe.config.strike_width)
+
 # %% ../../nbs/40_universe/42_chains.ipynb #e6237ca8
+def listing(
+    universe: SyntheticUniverse,
+    time: Any,  # when
+) -> Listing:
+    """The options listed at a moment."""
+    now, config = to_utc(time), universe.config
+    key = (now.normalize(), now.hour >= EXPIRY_HOUR_UTC)
+    if key in universe.listings:
+        return universe.listings[key]
+    table = expiry_calendar(now)
+    table = table[table["expiry"] - now.normalize() <= pd.Timedelta(days=config.max_expiry_days)]
+    today = max(int(np.searchsorted(universe.path.time_ns, now.normalize().as_unit("ns").value, side="right")), 1)
+    expiries, kinds = list(pd.DatetimeIndex(table["expiry"])), list(map(str, table["kind"]))
+    strikes = [_strikes(universe, kind, when, today) for kind, when in zip(kinds, pd.DatetimeIndex(table["listed"]), strict=True)]
+    row = np.repeat(np.arange(len(expiries)), [2 * len(k) for k in strikes])
+    sign = np.tile([1.0, -1.0], row.size // 2)
+    dated = [instrument_names(config.asset, x, np.array([1.0]))[0][:-4] for x in expiries]
+    future = [name if kind != "daily" else f"SYN.{name}" for name, kind in zip(dated, kinds, strict=True)]
+    texts = pd.DataFrame({
+        "instrument_name": [n for x, k in zip(expiries, strikes, strict=True) for n in instrument_names(config.asset, x, k)], "underlying": config.asset,
+        "expiry": pd.DatetimeIndex(expiries).strftime("%Y-%m-%d").to_numpy()[row], "expiry_timestamp": epoch_ns(expiries)[row] / 1e9,
+        "option_type": np.where(sign > 0, "C", "P"), "underlying_index": np.array(future)[row]})
+    universe.listings[key] = Listing(epoch_ns(expiries), epoch_ns(table["listed"]), row, np.repeat(np.concatenate(strikes), 2), sign, texts)
+    return universe.listings[key]
+
+# %% ../../nbs/40_universe/42_chains.ipynb #3dc26c00
 def build_chain(
     universe: SyntheticUniverse,
     time: Any,  # when
 ) -> pd.DataFrame:  # harvest layout: IV in percent, inverse prices in coin
     """The whole market at a moment."""
-    now, config = to_utc(time), universe.config
-    i, listed = universe.at(now), _listed(universe, now)
-    spot = float(universe.path.spot[i])
-    expiry_ns = epoch_ns(listed["expiry"])
-    t = (expiry_ns - now.value) / NS_PER_YEAR
-    level, deltas, ratios = surface_state(config, universe.realized(now), t * 365.0, int(universe.path.regime[i]), float(universe.path.iv_noise[i]), float(universe.path.skew_noise[i]))
+    now, config, path = to_utc(time).as_unit("ns"), universe.config, universe.path
+    i, listed = universe.at(now), listing(universe, now)
+    spot, t = float(path.spot[i]), (listed.expiry_ns - now.value) / NS_PER_YEAR
+    params = path.model.regimes[int(path.regime[i])]
+    level, deltas, ratios = surface_state(config, params, universe.realized(now), t * 365.0, float(path.iv_noise[i]), float(path.skew_noise[i]))
     forward = forward_curve(spot, t, config.carry_front, config.carry)
-    counts = [2 * len(s) for s in listed["strikes"]]
-    e, strike = np.repeat(np.arange(len(listed)), counts), np.repeat(np.concatenate(list(listed["strikes"])), 2)
-    sign = np.tile([1.0, -1.0], strike.size // 2)
+    e, strike, sign = listed.expiry, listed.strike, listed.sign
     k = np.log(strike / forward[e])
     iv, usd, vega, otm = (np.empty(strike.size) for _ in range(4))
     floored_iv_kernel(e, k, t, level, deltas, ratios, iv)
     _price_rows(e, k, sign, forward, strike, t, iv, usd, vega, otm)
     unit = forward[e] if universe.settlement == "inverse" else np.ones(e.size)
-    mark = np.round(usd / unit, 6 if universe.settlement == "inverse" else 6)
-    key = (config.seed, expiry_ns[e] // NS_PER_DAY, np.rint(strike * 1e4), sign, now.value // 60_000_000_000)
+    mark = np.round(usd / unit, 6)
+    key = (config.seed, listed.expiry_ns[e] // NS_PER_DAY, np.rint(strike * 1e4), sign, now.value // 60_000_000_000)
     chance = np.stack([hashed_uniform(3, *key), hashed_uniform(4, *key)])
-    bid, ask = quote_rows(config.quotes, mark, vega / unit, otm, sign * k < 0, t[e] * 365.0, tick_size(mark, universe.settlement, spot), chance)
-    listed_ns = epoch_ns(listed["listed"])
-    life = (now.value - listed_ns) / (expiry_ns - listed_ns)
-    interest, volume = open_interest(config.quotes, config.seed, expiry_ns[e], strike, sign, life[e], otm, now.value)
-    numbers = {"strike": strike, "underlying_price": forward[e], "mark_price": mark, "best_bid_price": bid, "best_ask_price": ask,
-               "mark_iv": np.round(100.0 * iv, 2), "open_interest": interest, "volume": volume, "index_price": spot, "interest_rate": 0.0}
-    return _harvest_frame(config.asset, now, listed, counts, sign, numbers)
-
-
-def _harvest_frame(asset: str, now: pd.Timestamp, listed: pd.DataFrame, counts: list[int], sign: np.ndarray, numbers: dict[str, Any]) -> pd.DataFrame:
-    """Numbers with the texts of the harvest layout."""
-    expiries = pd.DatetimeIndex(listed["expiry"])
-    dated = [f"{asset}-{x.day}{MONTHS[x.month - 1]}{x.year % 100:02d}" for x in expiries]
-    future = [name if kind in ("weekly", "quarterly", "monthly") else f"SYN.{name}" for name, kind in zip(dated, listed["kind"], strict=True)]
-    names = [n for x, s in zip(expiries, listed["strikes"], strict=True) for n in instrument_names(asset, x, s)]
-    return pd.DataFrame({
-        "harvest_time": now, "instrument_name": names, "underlying": asset, "expiry": np.repeat(expiries.strftime("%Y-%m-%d"), counts),
-        "expiry_timestamp": np.repeat(expiries.as_unit("s").asi8.astype(np.float64), counts), "option_type": np.where(sign > 0, "C", "P"),
-        **numbers, "underlying_index": np.repeat(future, counts),
-    })
+    tick = tick_size(mark, universe.settlement, config.spot_path.start_spot)
+    bid, ask = quote_rows(config.quotes, mark, vega / unit, otm, sign * k < 0, t[e] * 365.0, tick, chance)
+    life = np.clip((now.value - listed.listed_ns) / (listed.expiry_ns - listed.listed_ns), 0.0, 1.0)
+    interest, volume = open_interest(config.quotes, config.seed, listed.expiry_ns[e], strike, sign, life[e], otm, now.value)
+    return listed.texts.assign(
+        harvest_time=now, strike=strike, underlying_price=forward[e], mark_price=mark, best_bid_price=bid, best_ask_price=ask,
+        mark_iv=np.round(100.0 * iv, 2), open_interest=interest, volume=volume, index_price=spot, interest_rate=0.0)
 
 # %% ../../nbs/40_universe/42_chains.ipynb #eafee254
 def write_universe(
@@ -407,23 +433,128 @@ def write_universe(
     every: str = "6h",  # spacing of the snapshots
     days: float | None = None,  # how long; default: to the end of the path
     compact_days: int = 0,  # merge this many of the first days into one file each
+    progress: Callable[[int, int], None] | None = None,  # told (snapshots done, snapshots)
 ) -> list[pd.Timestamp]:  # times of the snapshots
-    """Write snapshots and candles in the harvest layout."""
+    """Write snapshots and candles in the harvest layout. Raises `StoreError` where other snapshots stand there."""
     store, asset = Store(str(root)), universe.config.asset
     start = pd.Timestamp(universe.start_ns, tz="UTC")
-    end = pd.Timestamp(universe.path.time_ns[-1], tz="UTC") if days is None else start + timedelta(days=days)
-    times = [t for t in pd.date_range(start, end, freq=every, inclusive="left")]
-    for time in times:
+    end = pd.Timestamp(universe.path.time_ns[-1], tz="UTC") if days is None else start + pd.Timedelta(days=days)
+    times = list(pd.date_range(start, end, freq=every, inclusive="left"))
+    if not times:
+        raise ConfigError(f"no snapshot lies between {start} and {end} every {every}, so nothing was written; simulate more days")
+    for number, time in enumerate(times):
         store.write_snapshot(build_chain(universe, time), asset, time)
+        if progress is not None:
+            progress(number + 1, len(times))
     candles = universe.candles
     store.write_history(asset, "ohlc", candles[candles["timestamp"] < times[-1]])
     for day in sorted({t.normalize() for t in times})[:compact_days]:
         store.compact(asset, day)
+    log.info("wrote %d snapshots of %s to %s", len(times), asset, root)
     return times
+
+
+def simulate(
+    config: SyntheticConfig | dict[str, Any] | str | FilePath,  # a config, a dict, or the path of a YAML or JSON file
+    days: float,  # how long
+    out: str | FilePath,  # root of the harvest to write
+    every: str = "6h",  # spacing of the snapshots
+    seed: int | None = None,  # instead of the config's
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # what was written
+    """Simulate a market and write it as a harvest. Raises `ConfigError` or `StoreError`."""
+    if not days > 0:
+        raise ConfigError(f"days is {days}, so there is nothing to simulate; give a positive number")
+    loaded = load_synthetic_config(config)
+    universe = SyntheticUniverse(loaded if seed is None else loaded.model_copy(update={"seed": seed}), days)
+    times = write_universe(universe, out, every, progress=progress)
+    start = int(np.searchsorted(universe.path.time_ns, universe.start_ns))
+    share = np.bincount(universe.path.regime[start:], minlength=len(universe.path.model.names)) / (universe.path.regime.size - start)
+    return {"asset": universe.config.asset, "root": str(out), "snapshots": len(times), "first": times[0].isoformat(), "last": times[-1].isoformat(),
+            "seed": universe.config.seed, "spot": {"first": float(universe.path.spot[start]), "last": float(universe.path.spot[-1])},
+            "regime_share": {n: round(float(x), 4) for n, x in zip(universe.path.model.names, share, strict=True)}}
+
+# %% ../../nbs/40_universe/42_chains.ipynb #2674b960
+def learn_quotes(
+    store: Store | str | FilePath,
+    asset: str,  # BTC, ETH, SOL_USDC, ...
+    snapshots: int = 24,  # read at most so many, spread over the harvest
+) -> QuoteModel:
+    """A quote model like a harvest's. Raises `NoUsableDataError` where it has no two-sided quotes."""
+    source = store if isinstance(store, Store) else Store(str(store))
+    refs = select_snapshots(source.find(asset), max_snapshots=snapshots)
+    if not refs:
+        raise NoUsableDataError(f"{asset} has no snapshots, so spreads cannot be learned; choose another asset or root")
+    frame = normalize_chain(source.read_batch(refs).frame, quote_iv=False, asset=asset).frame
+    inverse = settlement_of(asset) == "inverse"
+    tick = tick_size(frame["mark_price"], settlement_of(asset), float(frame["forward"].iloc[0]))
+    width = 0.5 * (frame["best_ask_price"] - frame["best_bid_price"] - tick).to_numpy()
+    half = np.maximum(width, 0.1 * tick) / (frame["vega"] / (frame["forward"] if inverse else 1.0)).to_numpy()
+    call_delta = frame["call_delta"].to_numpy(dtype=np.float64)
+    otm = np.minimum(call_delta, 1.0 - call_delta)
+    out_of_money = ((frame["option_type"] == "C") == (frame["strike"] >= frame["forward"])).to_numpy()
+    usable = np.isfinite(half) & (half > 0) & (otm > 0.003) & (frame["dte"].to_numpy() > 0.5)
+    if (usable & out_of_money).sum() < 50:
+        raise NoUsableDataError(f"{asset} has {int((usable & out_of_money).sum())} two-sided quotes in {len(refs)} snapshots (50 needed), "
+                                "so spreads cannot be learned; read more snapshots")
+    model = QuoteModel()
+    month = half / np.maximum(1.0, 30.0 / frame["dte"].to_numpy()) ** model.short_dte_power
+    edges = np.array([0.003, 0.02, 0.07, 0.15, 0.35, 0.51])
+    bins, centres = np.digitize(otm, edges) - 1, (0.01, 0.05, 0.10, 0.25, 0.50)
+    spreads = {c: float(np.median(month[here])) for j, c in enumerate(centres) if (here := usable & out_of_money & (bins == j)).sum() >= 10}
+    inside = usable & ~out_of_money & (otm > 0.02)
+    normal = np.median(np.interp(otm[inside], list(spreads), list(spreads.values()))) if inside.any() else 1.0
+    factor = float(np.clip(np.median(month[inside]) / normal, 1.0, 10.0)) if inside.sum() >= 10 else model.in_the_money_factor
+    interest = np.log(frame.loc[frame["open_interest"] > 0, "open_interest"].to_numpy(dtype=np.float64))
+    size = {"open_interest_median": float(np.exp(np.median(interest))), "open_interest_sigma": float(interest.std())} if interest.size > 50 else {}
+    return QuoteModel(half_spread_vol_points={d: round(v, 4) for d, v in spreads.items()}, in_the_money_factor=round(factor, 3), **size)
+
+# %% ../../nbs/40_universe/42_chains.ipynb #caf80495
+def _butterflies(strike: np.ndarray, bid: np.ndarray, ask: np.ndarray) -> tuple[int, int]:
+    """Butterflies over neighbouring strikes that could be dealt, and those with a negative price."""
+    left, right = np.diff(strike)[:-1], np.diff(strike)[1:]
+    w = right / (left + right)
+    cost = w * ask[:-2] + (1.0 - w) * ask[2:] - bid[1:-1]
+    known = np.isfinite(cost)
+    return int(known.sum()), int((cost[known] < -1e-9).sum())
+
+
+def _variances(f: pd.DataFrame, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """ln(K/F) ascending and total variance of out-of-the-money quotes of one expiry."""
+    otm = f[(f["option_type"] == "C") == (f["strike"] >= f["forward"])].sort_values("strike")
+    iv = otm[f"{side}_iv"].to_numpy()
+    known = np.isfinite(iv)
+    return otm["log_moneyness"].to_numpy()[known], (iv**2 * otm["t"].to_numpy())[known]
+
+
+def arbitrage_report(
+    chain: pd.DataFrame,  # one snapshot in the harvest layout
+) -> dict[str, float]:  # butterflies, calendars dealt and violated; largest breach of parity, in the mark's unit
+    """What could be earned for nothing, at the quotes."""
+    frame = normalize_chain(chain).frame
+    wings = np.zeros(2, dtype=int)
+    calendars, broken = 0, 0
+    near: tuple[np.ndarray, np.ndarray] | None = None
+    for _, f in frame.groupby("expiry", observed=True):
+        for kind in "CP":
+            side = f[f["option_type"] == kind].sort_values("strike")
+            wings += _butterflies(*(side[c].to_numpy() for c in ("strike", "best_bid_price", "best_ask_price")))
+        ask = _variances(f, "ask")
+        if near is not None and near[0].size > 1 and ask[0].size > 1:
+            inside = (near[0] >= ask[0][0]) & (near[0] <= ask[0][-1])
+            calendars += int(inside.sum())
+            broken += int((np.interp(near[0][inside], *ask) < near[1][inside] - 1e-9).sum())
+        near = _variances(f, "bid")
+    pairs = frame.pivot_table(index=["expiry", "strike"], columns="option_type", values="mark_price", observed=True).dropna()
+    unit = frame.drop_duplicates("expiry").set_index("expiry")["forward"].reindex(pairs.index.get_level_values(0)).to_numpy(dtype=float)
+    inverse = frame["settlement"].iloc[0] == "inverse"
+    gap = np.asarray(pairs["C"] - pairs["P"]) - (unit - np.asarray(pairs.index.get_level_values(1), dtype=float)) / (unit if inverse else 1.0)
+    return {"butterflies": int(wings[0]), "butterfly_arbitrages": int(wings[1]), "calendars": calendars, "calendar_arbitrages": broken,
+            "largest_parity_gap": float(np.abs(gap).max())}
 
 # %% ../../nbs/40_universe/42_chains.ipynb #7da2b7bd
 SAMPLE_DAYS = 15
-SAMPLE_SEED = 11
+SAMPLE_SEED = 63
 
 
 def sample_config(
@@ -454,14 +585,16 @@ def sample_truth(
     config = universe.config
     skew = config.vol_surface.skew
     start = np.searchsorted(universe.path.time_ns, universe.start_ns)
-    names = [r.name for r in config.spot_path.regimes]
+    names = universe.path.model.names
     share = np.bincount(universe.path.regime[start:], minlength=len(names)) / (universe.path.regime.size - start)
+    def table(ratios: dict[float, float]) -> dict[str, float]: return {f"{d:.2f}": r for d, r in ratios.items()}
+    sides = {side: table(anchors) for side, anchors in (skew.anchor_ratios_by_side or {}).items()}
     return {
-        "asset": config.asset, "seed": config.seed, "iv_multiplier": config.vol_surface.iv_multiplier, "rv_window_days": config.vol_surface.rv_window_days,
-        "skew": {"min_dte": skew.min_dte, "max_dte": skew.max_dte, "anchor_ratios_by_side": {s: {f"{d:.2f}": r for d, r in a.items()} for s, a in (skew.anchor_ratios_by_side or {}).items()},
-                 "smile_ratios": {f"{d:.2f}": r for d, r in (skew.smile_ratios or {}).items()}},
+        "asset": config.asset, "seed": config.seed, "iv_multiplier": config.vol_surface.iv_multiplier,
+        "rv_window_days": config.vol_surface.rv_window_days,
+        "skew": {"min_dte": skew.min_dte, "max_dte": skew.max_dte, "anchor_ratios_by_side": sides, "smile_ratios": table(skew.smile_ratios or {})},
         "first_snapshot": pd.Timestamp(universe.start_ns, tz="UTC").isoformat(), "every": "1h", "days": SAMPLE_DAYS,
-        "regimes": {n: {"vol": r.vol, "share_of_window": round(float(s), 4)} for n, r, s in zip(names, config.spot_path.regimes, share, strict=True)},
+        "regimes": {n: {"vol": r.vol, "share_of_window": round(float(s), 4)} for n, r, s in zip(names, universe.path.model.regimes, share, strict=True)},
     }
 
 

@@ -190,15 +190,18 @@ def _next_block(s, at, regime, pool_regime, follows, leave):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi_iv, sigma_iv, phi_skew, sigma_skew, corr, log_m, kind, shape,
-                pool, pool_regime, follows, leave, out_regime, out_log, out_x, out_y):
+def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi_iv, sigma_iv, phi_skew, sigma_skew, corr, beta, log_m, window, kind,
+                shape, pool, pool_regime, follows, leave, out_regime, out_log, out_x, out_y):
     """Paths `first`, `first + 1`, ...; outputs (paths, records), a record every `every` steps after `burn` steps. kind: 0 normal, 1 t, 2 pool."""
     k, step_drift, step_vol, tilt = vol.size, (drift - 0.5 * vol**2) * dt, vol * math.sqrt(dt), np.sqrt(1.0 - corr**2)
+    squares, follows_rv = np.empty(window), (beta != 0.0).any()
     for p in range(out_log.shape[0]):
         s = _path_counter(seed, first + p)
         regime, log_spot, x, y, at = 0, 0.0, 0.0, 0.0, -1
         while regime < k - 1 and _uniform_at(s) > start[regime]:
             regime += 1
+        squares[:] = step_vol[regime] ** 2
+        total, oldest = squares.sum(), 0
         for record in range(-1, out_log.shape[1]):
             for _ in range(burn if record < 0 else every):
                 s += _GOLDEN
@@ -218,7 +221,14 @@ def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi
                     if kind == 1:
                         fat = math.sqrt((shape - 1.0) / _gamma_at(s ^ _MIX2, shape))
                         a, b = a * fat, b * fat
-                log_spot += step_drift[regime] + step_vol[regime] * a
+                move = step_drift[regime] + step_vol[regime] * a
+                log_spot += move
+                if follows_rv:
+                    change = move * move - squares[oldest]
+                    squares[oldest] = move * move
+                    oldest = oldest + 1 if oldest + 1 < window else 0
+                    x += beta[regime] * change / (2.0 * total + change) / max(phi_iv[regime], 0.1)
+                    total += change
                 x, y = phi_iv[regime] * x + sigma_iv[regime] * b, phi_skew[regime] * y + sigma_skew[regime] * c
             if record < 0:
                 log_spot = 0.0
@@ -236,7 +246,7 @@ class Paths:
     skew: np.ndarray  # deviation of the 25-delta skew over ATM IV
 
 
-def _arguments(model: RegimeModel, spec: SpotPath) -> tuple:
+def _arguments(model: RegimeModel, spec: SpotPath, rv_window_days: float) -> tuple:
     """Arrays of the kernel."""
     def column(name: str) -> np.ndarray:
         return np.array([getattr(r, name) for r in model.regimes], dtype=np.float64)
@@ -245,8 +255,9 @@ def _arguments(model: RegimeModel, spec: SpotPath) -> tuple:
     kind = ("gaussian", "student_t", "bootstrap").index(spec.innovations)
     held = model.residuals if kind == 2 and model.residuals is not None else {"regime": (), "follows": (), "spot": (), "iv": (), "skew": ()}
     pool = np.column_stack([np.array(held[n], dtype=np.float64) for n in ("spot", "iv", "skew")])
-    columns = [column(name) for name in ("drift", "vol", "phi_iv", "sigma_iv", "phi_skew", "sigma_skew", "spot_iv_corr")]
-    return (step_ns(spec.step) / NS_PER_YEAR, start, model.matrix.cumsum(axis=1), *columns, log_m, kind, 0.5 * spec.student_t_df, pool,
+    columns = [column(n) for n in ("drift", "vol", "phi_iv", "residual_sigma_iv", "phi_skew", "sigma_skew", "spot_iv_corr", "iv_rv_beta")]
+    window = max(2, int(round(rv_window_days * NS_PER_DAY / step_ns(spec.step))))
+    return (step_ns(spec.step) / NS_PER_YEAR, start, model.matrix.cumsum(axis=1), *columns, log_m, window, kind, 0.5 * spec.student_t_df, pool,
             np.array(held["regime"], dtype=np.int64), np.array(held["follows"], dtype=bool), 1.0 / spec.block_length)
 
 # %% ../../nbs/40_universe/41_paths.ipynb #0103f0ac
@@ -259,11 +270,12 @@ def simulate_paths(
     burn: int = 0,  # steps before the first, for the deviations and the regime to settle
     first: int = 0,  # number of the first path
     threads: int = 2,
+    rv_window_days: float = 7.0,  # window of the realized vol that IV answers to, where the regimes say so
 ) -> Paths:
     """Many paths under one spec. Path `first + i` does not depend on how many there are. Raises `ConfigError`."""
     if paths < 1 or steps < 1 or every < 1 or steps % every:
         raise ConfigError(f"{paths} paths of {steps} steps kept every {every} make no records; give positive numbers, steps a multiple of every")
-    arguments = _arguments(path_model(spec), spec)
+    arguments = _arguments(path_model(spec), spec, rv_window_days)
     shape = (paths, steps // every)
     out = Paths(np.empty(shape, np.int8), np.empty(shape), np.empty(shape), np.empty(shape))
     edges = np.linspace(0, paths, min(threads, paths) + 1).astype(int)
@@ -302,10 +314,11 @@ def simulate_path(
     start: Any,  # opening time of the first step
     steps: int,
     seed: int,
+    rv_window_days: float = 7.0,  # as `simulate_paths`
 ) -> Path:
     """Path number 0 with its candles. The same seed gives the same numbers."""
     model, ns = path_model(spec), step_ns(spec.step)
-    one = simulate_paths(spec, 1, steps, seed, threads=1)
+    one = simulate_paths(spec, 1, steps, seed, threads=1, rv_window_days=rv_window_days)
     regime, digits = one.regime[0].astype(np.int64), price_decimals(spec.start_spot)
     spot = np.round(spec.start_spot * np.exp(one.log_return[0]), digits)
     opened = to_utc(start).as_unit("ns").value + ns * np.arange(steps)

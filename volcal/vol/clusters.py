@@ -78,16 +78,19 @@ def fit_clusters(
     """Cluster rows. Raises `FitError` where there are too few."""
     if len(rows) < 5 * k:
         raise FitError(f"{len(rows)} complete rows are too few for {k} clusters (at least {5 * k}); lengthen the window or lower k")
+    from threadpoolctl import threadpool_limits
+
     center, scale = rows.mean(axis=0), rows.std(axis=0)
     scale = np.where(scale > 1e-12, scale, 1.0)
     z = (rows - center) / scale
-    if method == "kmeans":
-        from sklearn.cluster import KMeans
+    with threadpool_limits(1):  # one thread: the same sums on every machine, and no waiting for a busy core
+        if method == "kmeans":
+            from sklearn.cluster import KMeans
 
-        return Clusters(method, center, scale, KMeans(k, n_init=n_init, random_state=seed).fit(z).cluster_centers_)
-    from sklearn.mixture import GaussianMixture
+            return Clusters(method, center, scale, KMeans(k, n_init=n_init, random_state=seed).fit(z).cluster_centers_)
+        from sklearn.mixture import GaussianMixture
 
-    found = GaussianMixture(k, n_init=max(1, n_init // 4), reg_covar=1e-3, random_state=seed).fit(z)
+        found = GaussianMixture(k, n_init=max(1, n_init // 4), reg_covar=1e-3, random_state=seed).fit(z)
     return Clusters(method, center, scale, found.means_, found.weights_, found.covariances_)
 
 # %% ../../nbs/20_vol/19_clusters.ipynb #dc285491

@@ -57,7 +57,9 @@ class RegimeParams(BaseModel):
     sigma_iv: float = Field(0.0, ge=0, description="standard deviation of the innovation of x per step")
     phi_skew: float = Field(0.0, gt=-1, lt=1, description="first autocorrelation of the skew's deviation per step")
     sigma_skew: float = Field(0.0, ge=0, description="standard deviation of the innovation of the 25-delta skew over ATM IV per step")
-    spot_iv_corr: float = Field(0.0, ge=-1, le=1, description="correlation of the return with the innovation of x")
+    spot_iv_corr: float = Field(0.0, ge=-1, le=1, description="correlation of the return with the innovation of x that realized vol does not explain")
+    iv_rv_beta: float = Field(0.0, ge=-1.5, le=1.5, description="response of x to a change of ln RV: -1 where IV ignores it, 0 where IV follows")
+    sigma_log_rv: float = Field(0.0, ge=0, description="standard deviation of the change of ln RV per step, of which iv_rv_beta was measured")
     calibrated_iv_multiplier: float | None = Field(None, gt=0, description="multiplier from a calibration; goes before iv_multiplier")
     calibrated_skew_scale: float | None = Field(None, description="skew scale from a calibration; goes before skew_scale")
 
@@ -68,6 +70,11 @@ class RegimeParams(BaseModel):
     @property
     def stationary_iv(self) -> float:  # standard deviation of x
         return self.sigma_iv / math.sqrt(1.0 - self.phi_iv**2)
+
+    @property
+    def residual_sigma_iv(self) -> float:  # of the innovation of x, beside what realized vol explains
+        explained = (self.iv_rv_beta * self.sigma_log_rv) ** 2
+        return math.sqrt(max(self.sigma_iv**2 - explained, 0.04 * self.sigma_iv**2))
 
     def multiplier(self, band: str | None = None) -> float | None:  # None: the surface decides
         """Calibrated, else that of the band, else the regime's."""
@@ -252,7 +259,8 @@ class _Dynamics(_Labelling):
             phi_iv, sigma_iv = rescale_ar1(r.phi_iv, r.sigma_iv, ratio)
             phi_skew, sigma_skew = rescale_ar1(r.phi_skew, r.sigma_skew, ratio)
             duration_steps = None if r.mean_duration is None else max(1.0, r.mean_duration / ratio)
-            changed = {"phi_iv": phi_iv, "sigma_iv": sigma_iv, "phi_skew": phi_skew, "sigma_skew": sigma_skew, "mean_duration": duration_steps}
+            changed = {"phi_iv": phi_iv, "sigma_iv": sigma_iv, "phi_skew": phi_skew, "sigma_skew": sigma_skew, "mean_duration": duration_steps,
+                       "sigma_log_rv": r.sigma_log_rv * math.sqrt(ratio)}
             regimes.append(r.model_copy(update=changed))
         return self.model_copy(update={"regimes": tuple(regimes), "step": duration, "transitions": named_transitions(self.names, matrix)})  # type: ignore
 
@@ -456,6 +464,7 @@ class _Series:
     returns: np.ndarray  # (n,) log return that led to the row, NaN without one
     years: np.ndarray  # (n,) time it took
     log_ratio: np.ndarray  # (n,) ln(IV / RV)
+    rv_moves: np.ndarray  # (n,) change of ln RV that led to the row
     skew: np.ndarray  # (n,) 25-delta skew over ATM IV
 
 
@@ -466,8 +475,9 @@ def _series(frame: pd.DataFrame, labels: np.ndarray, time_ns: np.ndarray, iv: st
     with np.errstate(invalid="ignore", divide="ignore"):
         moves = np.append(np.nan, np.diff(np.log(column("spot"))))
         ratio, skew = np.log(column(iv) / column(rv)), column("skew_25d") / column("iv_30d" if "iv_30d" in frame else iv)
+        rv_moves = np.append(np.nan, np.diff(np.log(column(rv))))
     years = np.append(np.nan, np.diff(time_ns) / NS_PER_YEAR)
-    return _Series(time_ns, linked, labels, np.where(linked, moves, np.nan), years, np.where(np.isfinite(ratio), ratio, np.nan), skew)
+    return _Series(time_ns, linked, labels, np.where(linked, moves, np.nan), years, np.where(np.isfinite(ratio), ratio, np.nan), rv_moves, skew)
 
 
 def _finite_mean(values: np.ndarray, default: float = math.nan) -> float:
@@ -490,14 +500,38 @@ def _iv_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, float], np.ndar
     centre = _finite_mean(s.log_ratio[here])
     if not math.isfinite(centre):
         return {}, np.full(len(here), np.nan)
-    stay = here & s.linked & np.append(False, here[:-1])
-    fit = fit_ar1(s.log_ratio - centre, stay)
-    out = {"iv_multiplier": math.exp(centre)}
+    fit = _capped(fit_ar1(s.log_ratio - centre, here & s.linked & np.append(False, here[:-1])), s.log_ratio[here])
     if not math.isfinite(fit.phi):
-        return out, np.full(len(here), np.nan)
-    known = np.isfinite(fit.residuals) & np.isfinite(s.returns)
-    corr = float(np.corrcoef(s.returns[known], fit.residuals[known])[0, 1]) if known.sum() >= 10 and np.ptp(s.returns[known]) > 0 else 0.0
-    return out | {"phi_iv": fit.phi, "sigma_iv": fit.sigma, "spot_iv_corr": corr}, fit.residuals / max(fit.sigma, 1e-12)
+        return {"iv_multiplier": math.exp(centre)}, np.full(len(here), np.nan)
+    known = np.isfinite(fit.residuals) & np.isfinite(s.returns) & np.isfinite(s.rv_moves)
+    responses = _responses(fit, s, known)
+    out = {"iv_multiplier": math.exp(centre), "phi_iv": fit.phi, "sigma_iv": fit.sigma, **responses}
+    left = RegimeParams.model_validate({"name": "left", **out}).residual_sigma_iv
+    return out, (fit.residuals - responses.get("iv_rv_beta", 0.0) * s.rv_moves) / max(left, 1e-12)
+
+
+def _capped(fit: Ar1, values: np.ndarray) -> Ar1:
+    """The fit, its phi lowered where a thin sample would make the stationary deviation exceed the data's by a quarter."""
+    widest = 1.25 * float(np.nanstd(values))
+    if not (math.isfinite(fit.phi) and fit.stationary > widest):
+        return fit
+    return fit._replace(phi=math.sqrt(max(1.0 - (fit.sigma / widest) ** 2, 0.0)))
+
+
+def _responses(fit: Ar1, s: _Series, known: np.ndarray) -> dict[str, float]:
+    """How the innovation of x answers to realized vol, and what is left to the return. The return's part is that of ln IV."""
+    shock, rv_move, n = fit.residuals[known], s.rv_moves[known], int(known.sum())
+    if n < 10 or np.ptp(s.returns[known]) <= 0:
+        return {}
+    spread = float(rv_move.std())
+    beta = float(np.mean(shock * (rv_move - rv_move.mean()))) / spread**2 if spread > 0 else 0.0
+    error = float(np.std(shock - beta * rv_move)) / max(spread * math.sqrt(n), 1e-12)
+    beta = float(np.clip(beta, -1.5, 1.5)) if abs(beta) > 3 * error else 0.0
+    left = math.sqrt(max(fit.sigma**2 - (beta * spread) ** 2, 0.04 * fit.sigma**2))
+    unit = s.returns[known] / s.returns[known].std()
+    moved = shock + (rv_move - rv_move.mean()) if beta else shock
+    corr = float(np.mean((unit - unit.mean()) * moved)) / left
+    return {"iv_rv_beta": beta, "sigma_log_rv": spread if beta else 0.0, "spot_iv_corr": float(np.clip(corr, -0.95, 0.95))}
 
 
 def _skew_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
@@ -566,7 +600,8 @@ def _evidence(table: pd.DataFrame, clusters: Clusters, rows: np.ndarray, visits:
               seed: int, left_out: int) -> dict[str, Any]:
     mean, low = bootstrap_agreement(rows, clusters, per_week, seed=seed)
     plain = [{str(k): (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()} for row in table.to_dict("records")]
-    return {"k": plain, "bootstrap_agreement": {"mean": mean, "p10": low, "rows_per_block": per_week}, "visits": dict(zip(names, map(int, visits), strict=True)),
+    return {"k": plain, "bootstrap_agreement": {"mean": mean, "p10": low, "rows_per_block": per_week},
+            "visits": dict(zip(names, map(int, visits), strict=True)),
             "transitions_not_estimable": [n for n, v in zip(names, visits, strict=True) if v < 3], "rows_left_out": left_out, "rows": len(rows)}
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #67f39ae7
