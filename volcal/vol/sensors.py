@@ -311,7 +311,7 @@ class ExpiryGroups(NamedTuple):
 
     group: np.ndarray  # (n,) int, snapshot x expiries + expiry in order of time
     expiries: int  # how many expiries the whole chain has
-    count: int  # groups
+    total: int  # groups
     atm: np.ndarray  # (count,) at-the-money IV, decimal
 
 
