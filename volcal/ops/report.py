@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PICTURE_DPI', 'PAGE_WIDTH', 'STATUS_COLOURS', 'STATUS_ADVICE', 'REPORT_CSS', 'METRIC_HEAD', 'QUOTE_COLUMNS',
            'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'Block', 'Picture', 'as_picture', 'shown', 'percent',
-           'moment', 'html_table', 'split_reason', 'headline_sentence', 'banner', 'tiles', 'metric_cells',
-           'metrics_table', 'bands_table', 'candidates_table', 'window_quotes', 'out_of_the_money', 'last_snapshot',
-           'shown_expiries', 'smile_figure', 'nothing', 'error_grid', 'mean_error', 'heat_figure', 'term_figure',
+           'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'headline_sentence', 'banner', 'tiles',
+           'metric_cells', 'metrics_table', 'bands_table', 'candidates_table', 'window_quotes', 'out_of_the_money',
+           'last_snapshot', 'shown_expiries', 'smile_figure', 'error_grid', 'mean_error', 'heat_figure', 'term_figure',
            'timeline_frame', 'gap_spans', 'timeline_figure', 'ratio_curve', 'largest_misfit', 'skew_figure',
            'skew_table', 'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
            'reproducibility_block']
@@ -139,6 +139,11 @@ def html_table(
     top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
     return f'<div class="vc-scroll"><table class="vc-table">{top}<tbody>{body}</tbody></table></div>'
 
+# %% ../../nbs/50_ops/49_report.ipynb #a22702c1
+def nothing(why: str) -> Block:
+    """Says why a section is empty."""
+    return Block(f'<p class="vc-quiet">Nothing to show: {html.escape(why)}.</p>')
+
 # %% ../../nbs/50_ops/49_report.ipynb #4ce027c8
 STATUS_COLOURS = {"ok": "#0B6E4F", "degraded": "#A85B00", "failed": "#A3242B"}  # white text on each has contrast 4.5 or more
 STATUS_ADVICE = {
@@ -191,6 +196,11 @@ def _reasons(result: CalibrationResult) -> str:
     return f"<ul>{''.join(items)}</ul>"
 
 # %% ../../nbs/50_ops/49_report.ipynb #022e7a89
+def on_default(result: CalibrationResult) -> bool:
+    """Whether default_iv stood in for a realized vol that could not be trusted."""
+    return (result.rv_source or "").startswith("default")
+
+# %% ../../nbs/50_ops/49_report.ipynb #8a03130f
 def headline_sentence(result: CalibrationResult) -> str:
     """What the run recommends and what it would gain, in words."""
     now, after, multiplier = result.global_metrics, result.recommended_metrics, result.recommended_iv_multiplier
@@ -198,11 +208,8 @@ def headline_sentence(result: CalibrationResult) -> str:
         return "Nothing is recommended: there was nothing to calibrate."
     days = (result.recommended_vol_surface or result.current_vol_surface or {}).get("rv_window_days")
     base = f"{days:g}-day realized vol ({percent(result.rv_annualized)})" if days else "realized vol"
-    base = (
-        base
-        if not (result.rv_source or "").startswith("default")
-        else f"the default volatility of {percent(result.default_iv, 0)} (realized vol is not trusted)"
-    )
+    if on_default(result):
+        base = f"the default volatility of {percent(result.default_iv, 0)} (realized vol is not trusted)"
     later = result.out_of_sample_metrics
     tested = (
         f" ({shown(later.vega_weighted_mae_pct)} % on the last part of the window when fitted without it)"
@@ -224,7 +231,8 @@ def banner(
     """Verdict, reasons, recommendation."""
     status = result.status or "failed"
     span = result.time_range
-    window = f"{moment(span.start)} to {moment(span.end)}" if span and span.start else "no usable snapshot"
+    known = span is not None and span.start is not None
+    window = f"Window {moment(span.start)} to {moment(span.end)}" if span and known else "No snapshot was used"
     level = (
         ""
         if result.recommended_iv_multiplier is None or status == "failed"
@@ -236,7 +244,7 @@ def banner(
         f'class="vc-word">{status.upper()}</div>'
         f'<h2 style="color:#fff">{html.escape(title)}</h2><p class="vc-lead">{html.escape(headline_sentence(result))}</p><p>'
         f"{STATUS_ADVICE[status]} Why {status}:</p>{_reasons(result)}"
-        f'<p class="vc-when">Window {window}, {result.snapshot_count or 0:,} snapshots.</p></div>'
+        f'<p class="vc-when">{window}, {result.snapshot_count or 0:,} snapshots.</p></div>'
     )
 
 # %% ../../nbs/50_ops/49_report.ipynb #61d58d75
@@ -246,15 +254,20 @@ def _tile(label: str, value: str, note: str) -> str:
 
 
 def tiles(result: CalibrationResult) -> Block:
-    """The six figures to remember."""
+    """The six figures to remember; nothing where nothing was measured."""
+    if not result.count:
+        return Block("")
     now, after = result.global_metrics or Metrics(), judged_metrics(result)
     stderr = f"std. error {shown(result.rv_stderr * 100.0, 0)} %, " if result.rv_stderr is not None else ""
     cells = [
         _tile("Multiplier", shown(result.recommended_iv_multiplier, 3), f"now {shown(result.iv_multiplier, 3)}"),
         _tile("ATM implied vol", percent(result.atm_iv), f"spot {shown(result.spot, 0 if (result.spot or 0) > 100 else 3)} USD"),
-        _tile("Realized vol", percent(result.rv_annualized), f"{stderr}from {(result.rv_source or '–').replace('_', ' ')}"),
-        _tile("Price error", shown(after.vega_weighted_mae_pct, 1, " %"), f"vega-weighted; now {shown(now.vega_weighted_mae_pct, 1, ' %')}"),
-        _tile("Volatility error", shown(after.vega_weighted_mae_vol_points, 2, " pts"), f"vega-weighted; now {shown(now.vega_weighted_mae_vol_points, 2)}"),
+        _tile("Default volatility" if on_default(result) else "Realized vol", percent(result.rv_annualized), f"{stderr}from "
+                                                                                                             f"{(result.rv_source or '–').replace('_', ' ')}"),
+        _tile("Price error", shown(after.vega_weighted_mae_pct, 1, " %"), "vega-weighted; now "
+                                                                          f"{shown(now.vega_weighted_mae_pct, 1, ' %')}"),
+        _tile("Volatility error", shown(after.vega_weighted_mae_vol_points, 2, " pts"), "vega-weighted; now "
+                                                                                        f"{shown(now.vega_weighted_mae_vol_points, 2)}"),
         _tile("Evidence", f"{after.count:,}", f"options of {result.snapshot_count or 0:,} snapshots"),
     ]
     return Block(f'<div class="vc-tiles">{"".join(cells)}</div>')
@@ -288,6 +301,8 @@ def metric_cells(part: Metrics) -> list[str]:
 # %% ../../nbs/50_ops/49_report.ipynb #2ef0817d
 def metrics_table(result: CalibrationResult) -> Block:
     """The surface now, as recommended, and out of sample."""
+    if result.global_metrics is None:
+        return Block("")
     now = result.global_metrics.model_copy(update={"recommended_iv_multiplier": result.iv_multiplier}) if result.global_metrics else None
     parts = [
         ("surface now", now),
@@ -299,6 +314,8 @@ def metrics_table(result: CalibrationResult) -> Block:
 
 def bands_table(result: CalibrationResult) -> Block:
     """Each term band on its own: errors of the surface now, and the multiplier that its options ask for."""
+    if not result.bands and not result.by_option_type:
+        return nothing("no option was measured")
     parts: list[tuple[str, Metrics]] = [(f"{band.name}, {band.min_dte:g} to {band.max_dte:g} days", band) for band in result.bands]
     parts += [
         (f"{ {'C': 'calls', 'P': 'puts'}[kind] }, {shown(result.min_dte, 0)} to {shown(result.max_dte, 0)} days", part)
@@ -321,6 +338,8 @@ def candidates_table(result: CalibrationResult) -> Block:
         "min_mae": "smallest mean price error in percent",
     }
     got = result.multiplier_candidates
+    if not result.count:
+        return nothing("no multiplier was fitted")
     bound = " (ended on its bound)" if got.min_mae_at_bound else ""
     rows = [[name.replace("_", " "), shown(got.get(name), 3), text + (bound if name == "min_mae" else "")] for name, text in told.items()]
     strong = list(told).index(result.multiplier_method) if result.multiplier_method in told else None
@@ -487,11 +506,6 @@ def smile_figure(
         "recommended one.",
     )
 
-# %% ../../nbs/50_ops/49_report.ipynb #a22702c1
-def nothing(why: str) -> Block:
-    """Says why a section is empty."""
-    return Block(f'<p class="vc-quiet">Nothing to draw: {html.escape(why)}.</p>')
-
 # %% ../../nbs/50_ops/49_report.ipynb #2f66302e
 HEAT_DTE = (0.0, 3.0, 7.0, 14.0, 30.0, 60.0, 120.0, 400.0)
 HEAT_DELTA = (0.98, 0.90, 0.75, 0.60, 0.40, 0.25, 0.10, 0.02)  # call delta, as strikes rise
@@ -598,14 +612,8 @@ def _multiplier_lines(ax: Axes, result: CalibrationResult, days: np.ndarray) -> 
         ax.plot(days, values, style, color=colour, linewidth=2.2, label=name)
 
 # %% ../../nbs/50_ops/49_report.ipynb #6e9308df
-def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Block:
-    """Multipliers by days to expiry."""
-    levels = _expiry_levels(quotes)
-    if levels.empty:
-        return nothing("no at-the-money volatility with a trusted realized vol")
-    fig, ax = figure(1, 1, PAGE_WIDTH, 3.1)
-    ax.plot(levels["dte"], levels["multiplier"], "o", color=MARKET, markersize=3.2, alpha=0.5, label="market: ATM IV over realized vol")
-    _multiplier_lines(ax, result, np.geomspace(levels["dte"].min(), levels["dte"].max(), 1500))
+def _band_labels(ax: Axes, result: CalibrationResult) -> None:
+    """Name and multiplier of each band, above its line."""
     for band in result.bands:
         if band.recommended_iv_multiplier is not None:
             ax.annotate(
@@ -619,6 +627,20 @@ def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
                 fontweight="bold",
                 bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.0},
             )
+
+# %% ../../nbs/50_ops/49_report.ipynb #1d6f8366
+def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Block:
+    """Multipliers by days to expiry."""
+    levels = _expiry_levels(quotes)
+    if levels.empty:
+        return nothing("no at-the-money volatility with a trusted realized vol")
+    fig, ax = figure(1, 1, PAGE_WIDTH, 3.1)
+    for _, curve in levels.sort_values("dte").groupby("snapshot", observed=True):
+        ax.plot(curve["dte"], curve["multiplier"], color="#C9D0D8", linewidth=0.8, zorder=1)
+    ax.plot(levels["dte"], levels["multiplier"], "o", color=MARKET, markersize=3.2, alpha=0.5, label="market: ATM IV over realized "
+                                                                                                     "vol, a line per snapshot")
+    _multiplier_lines(ax, result, np.geomspace(levels["dte"].min(), levels["dte"].max(), 1500))
+    _band_labels(ax, result)
     ticks = [d for d in (1, 2, 3, 5, 7, 10, 14, 20, 30, 60, 90, 180, 365) if 0.8 * levels["dte"].min() <= d <= 1.2 * levels["dte"].max()]
     spread = np.quantile(np.r_[levels["multiplier"], result.iv_multiplier or 1.0, result.recommended_iv_multiplier or 1.0], (0.01, 0.99))
     ax.set_ylim(spread[0] - 0.08, spread[1] + 0.08)
@@ -658,9 +680,10 @@ def gap_spans(
     return [(times[int(i) - 1], times[int(i) + 1]) for i in holes if i > 0]
 
 # %% ../../nbs/50_ops/49_report.ipynb #8fc57a86
-def _percent_lines(ax: Axes, frame: pd.DataFrame) -> None:
+def _percent_lines(ax: Axes, frame: pd.DataFrame, default: bool) -> None:
+    """Realized vol, or what served instead, and at-the-money volatility."""
     styles = (
-        ("rv", "realized vol", MARKET, "-"),
+        ("rv", "default_iv, for want of RV" if default else "realized vol", MARKET, "-"),
         ("iv_7d", "ATM IV, 7 days", RECOMMENDED, "-"),
         ("iv_30d", "ATM IV, 30 days", "#56B4E9", "--"),
     )
@@ -682,7 +705,7 @@ def timeline_figure(result: CalibrationResult) -> Picture | Block:
     for number, (start, end) in enumerate(gaps):
         for ax in (top, low):
             ax.axvspan(start, end, color="#EEF0F3", zorder=0, label="no snapshots" if number == 0 and ax is top else None)
-    _percent_lines(top, frame)
+    _percent_lines(top, frame, on_default(result))
     low.plot(frame.index, frame["iv_7d"] / frame["rv"], color=MARKET, marker="." if len(frame) < 60 else None, label="7-day ATM IV over RV")
     if result.recommended_iv_multiplier is not None:
         low.axhline(result.recommended_iv_multiplier, color=RECOMMENDED, label=f"recommended {result.recommended_iv_multiplier:.3f}")
