@@ -132,7 +132,7 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], tuple[st
     "min_rv_n_eff": ({"root": "bare", "min_rv_coverage": 0.05, "min_rv_n_eff": 3}, {"min_rv_n_eff": 12},
                      ("count", "rv_annualized", "events.snapshots_without_trusted_rv"), DATA),
     "error_ladder": ({}, {"error_ladder": False}, ("error_ladder.0.mae_pct",), (*HEADLINE, *SURFACE)),
-    "seed": ({"max_samples": 40}, {"seed": 43}, ("mae_pct", "rows.0.strike"), ("count", "snapshot_count")),
+    "seed": ({"max_samples": 40}, {"seed": 43}, ("mae_pct", "recommended_metrics.mae_pct"), ("count", "snapshot_count")),
 }
 
 

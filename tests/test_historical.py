@@ -21,6 +21,7 @@ from volcal.calibration.result import CalibrationResult
 from volcal.market.instruments import format_instrument
 from volcal.market.pricing import black76_price
 from volcal.market.store import Store
+from volcal.settings import real_data_root
 from volcal.units import to_utc, year_fraction
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -37,19 +38,20 @@ def hourly_closes(spot: float, days: int = 30) -> pd.Series:
     return pd.Series(spot * np.exp(np.cumsum(steps) - steps.sum()), index=times)
 
 
-def snapshot(time: Any, asset: str = "BTC", level: float = 0.45, rate: float = 0.0) -> pd.DataFrame:
+def snapshot(time: Any, asset: str = "BTC", level: float = 0.62, rate: float = 0.0,
+             days: tuple[int, ...] = DAYS_TO_EXPIRY) -> pd.DataFrame:
     """A chain in the harvest layout with a smile, a term slope, noise, holes in the quotes and open interest."""
     when = to_utc(time)
     rng, spot = np.random.default_rng(when.value // 10**9), float(hourly_closes(ASSETS[asset]).asof(when.floor("h") - pd.Timedelta(hours=1)))
     z = np.linspace(-2.2, 2.2, 15)
-    days = np.repeat(DAYS_TO_EXPIRY, 2 * z.size)
-    expiry = when.normalize() + pd.Timedelta(hours=8) + pd.to_timedelta(days, unit="D")
-    kind, t = np.tile(["C", "P"], z.size * len(DAYS_TO_EXPIRY)), year_fraction(when, expiry)
+    number, ahead = len(days), np.repeat(days, 2 * z.size)
+    expiry = when.normalize() + pd.Timedelta(hours=8) + pd.to_timedelta(ahead, unit="D")
+    kind, t = np.tile(["C", "P"], z.size * number), year_fraction(when, expiry)
     forward = spot * np.exp(0.04 * t)
-    atm = level * (1.15 - 0.03 * np.sqrt(days))
-    strike = np.array([float(f"{x:.4g}") for x in forward * np.exp(np.tile(np.repeat(z, 2), len(DAYS_TO_EXPIRY)) * atm * np.sqrt(t))])
+    atm = level * (1.15 - 0.03 * np.sqrt(ahead))
+    strike = np.array([float(f"{x:.4g}") for x in forward * np.exp(np.tile(np.repeat(z, 2), number) * atm * np.sqrt(t))])
     score = np.log(strike / forward) / (atm * np.sqrt(t))
-    by_strike = np.repeat(rng.normal(0, 0.003, z.size * len(DAYS_TO_EXPIRY)), 2)
+    by_strike = np.repeat(rng.normal(0, 0.003, z.size * number), 2)
     iv = np.round(atm * (1 - 0.04 * score + 0.05 * score**2) + by_strike, 4)
     unit = np.exp(-rate * t) if "_" in asset else 1.0 / forward
     half = 0.004 + 0.01 * np.abs(score)
@@ -164,11 +166,12 @@ def test_threads_change_no_byte(sample_pass: CalibrationResult, workers: int) ->
         assert same(sample_pass, calibrate(SAMPLE, pool, **FULL))
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_processes_change_no_byte(harvest: Path, workers: int) -> None:
-    one_pass = calibrate(harvest, **FULL)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        assert same(one_pass, calibrate(harvest, pool, **FULL))
+def test_processes_change_no_byte(harvest: Path) -> None:
+    one_pass, context = calibrate(harvest, **FULL), get_context("forkserver")
+    context.set_forkserver_preload(["volcal.calibration.historical"])
+    for workers in (2, 3):
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            assert same(one_pass, calibrate(harvest, pool, **FULL))
 
 
 def test_the_order_in_which_days_are_computed_changes_no_byte(sample_pass: CalibrationResult) -> None:
@@ -207,3 +210,37 @@ def test_the_order_of_rows_in_a_file_changes_no_number(harvest: Path, tmp_path: 
     numbers = [k for k, v in a.items() if isinstance(v, float) and k != "multiplier_candidates.min_mae"]
     assert {k: b[k] for k in numbers} == pytest.approx({k: a[k] for k in numbers}, rel=1e-9, abs=1e-12)
     assert b["multiplier_candidates.min_mae"] == pytest.approx(a["multiplier_candidates.min_mae"], abs=1e-4)
+
+
+PEAK = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from test_historical import calibrate
+result = calibrate(sys.argv[2], min_dte=0, max_dte=1000, option_types=["C", "P"], fit_skew=True, bands=True, error_ladder=True,
+                   harvest={"start_time": sys.argv[3], "end_time": sys.argv[4]})
+print(result.snapshot_count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(root: Path, start: str, end: str) -> tuple[int, int]:
+    """Snapshots of a window, and the largest memory of a process that calibrates it."""
+    told = subprocess.run([sys.executable, "-c", PEAK, str(Path(__file__).parent), str(root), start, end], capture_output=True, text=True, check=True)
+    count, size = told.stdout.split()
+    return int(count), int(size)
+
+
+def four_a_day(root: Path) -> Path:
+    """Sixty days, four snapshots a day of 600 options that outlive them."""
+    market = snapshot(START, days=tuple(range(70, 270, 10)))
+    for time in pd.date_range(START, periods=240, freq="6h"):
+        write_raw(root, "BTC", time, market.assign(harvest_time=time, index_price=90_000 * (1 + 0.01 * np.sin(time.value / 1e14))))
+    return root
+
+
+def test_memory_does_not_grow_with_the_window(tmp_path: Path) -> None:
+    """The peak of sixty days is at most 1.3 times that of fifteen; on real data where there is some."""
+    real = real_data_root()
+    root, start = (real / "deribit_6h", "2026-01-01") if real else (four_a_day(tmp_path), "2026-03-02")
+    ends = [(pd.Timestamp(start) + pd.Timedelta(days=days)).isoformat() for days in (15, 60)]
+    (few, small), (many, large) = (peak(root, start, end) for end in ends)
+    assert many > 3.5 * few and large <= 1.3 * small
