@@ -608,17 +608,11 @@ def replace_surface(
 def calibrate_config(
     config: CalibrationConfig | dict[str, Any] | str | Path, progress: Callable[[int, int], None] | None = None
 ) -> CalibrationResult:  # judged
-    """Run the calibration of a config and judge it as the job does."""
+    """Run the calibration of a config, live or harvested, and judge it as the job does."""
     from volcal.calibration.guardrails import assess_job
-    from volcal.calibration.historical import run_historical_calibration_from_harvest
+    from volcal.calibration.live import run_calibration
 
-    chosen = load_config(config)
-    if chosen.source != "harvested":
-        raise ConfigError(
-            f"source is {chosen.source!r}, which this version of volcal cannot read, so nothing was run; use source: harvested with a "
-            "harvest section"
-        )
-    result = run_historical_calibration_from_harvest(chosen, progress=progress)
+    result = run_calibration(load_config(config), progress=progress)
     return result.with_verdict(*assess_job(result))
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #be6bb488
