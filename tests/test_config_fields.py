@@ -15,6 +15,8 @@ from volcal.calibration import sums
 from volcal.calibration.config import describe_config
 from volcal.calibration.result import CalibrationResult
 from volcal.units import ConfigError, SchemaError
+from volcal.vol.regimes import RegimeModel
+from volcal.vol.sensors import harvest_sensor_table
 
 BASE: dict[str, Any] = {
     "min_dte": 3, "max_dte": 30, "option_types": ["C", "P"], "fit_skew": True, "bands": True, "bucket_by_dte": True, "bucket_by_abs_delta": True,
@@ -152,6 +154,20 @@ def test_a_field_changes_what_it_should_and_nothing_else(field: str, run: Callab
 def test_the_table_names_every_field() -> None:
     elsewhere = {"underlying", "source", "harvest", "skew", "filters", "regimes", "exact_metrics", "harvest.on_schema_error"}
     assert {entry["field"] for entry in describe_config()} == {*TABLE, *elsewhere}
+
+
+def test_regimes_label_and_report_and_change_no_fit(roots: dict[str, Path], run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    sensors = harvest_sensor_table(str(roots["plain"]), "BTC").frame
+    model = RegimeModel.fit(sensors, features=["vrp_7d", "rv_7d"], k=2)
+    model.to_json(tmp_path / "model.json")
+    one, other = run(), run(regimes=str(tmp_path / "model.json"))
+    for path in (*HEADLINE, *SURFACE, *DATA):
+        assert one[path] == other[path], path
+    shares = {name: other[f"environment_summary.{name}.share"] for name in model.names}
+    assert shares == pytest.approx({name: (model.predict(sensors) == i).mean() for i, name in enumerate(model.names)})
+    assert sum(other[f"environment_summary.{name}.count"] for name in model.names) == other["count"]
+    assert other["rows.0.regime"] in model.names and one["rows.0.regime"] is None
+    assert other["reproducibility.regime_model_hash"] and not one["reproducibility.regime_model_hash"]
 
 
 def test_underlying_chooses_the_market(run: Callable[..., dict[str, Any]]) -> None:
