@@ -1,0 +1,224 @@
+"""The universe returns what it was given: levels, anchors, regimes and dynamics, over many seeds; files and bytes."""
+import hashlib
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from volcal.calibration.historical import run_historical_calibration_from_harvest
+from volcal.market.chain import normalize_chain
+from volcal.market.pricing import black76_price
+from volcal.market.store import Store
+from volcal.units import ConfigError
+from volcal.universe.chains import SyntheticConfig, SyntheticUniverse, arbitrage_report, build_chain, load_synthetic_config, simulate
+from volcal.universe.paths import SpotPath, simulate_paths
+from volcal.vol.clusters import fit_ar1, linked_pairs, smoothed_transitions, transition_counts
+from volcal.vol.regimes import RegimeModel, RegimeParams, fit_regimes, sample_sensors
+from volcal.vol.surface import VolSurface, compute_synthetic_iv_with_skew, template_skew
+
+SEEDS = 50
+MULTIPLIER = 0.95
+SIDES = {"call": {0.15: 0.99, 0.25: 0.985, 0.35: 0.99}, "put": {0.15: 1.15, 0.25: 1.08, 0.35: 1.035}}
+SMILE = {0.05: 1.06, 0.10: 1.015, 0.90: 1.20, 0.95: 1.28}
+SURFACE = {"rv_window_days": 7, "iv_multiplier": MULTIPLIER,
+           "skew": {"enabled": True, "min_dte": 3, "max_dte": 14, "anchor_ratios_by_side": SIDES, "smile_ratios": SMILE}}
+REGIMES = [{"name": "calm", "vol": 0.35, "phi_iv": 0.9, "sigma_iv": 0.02}, {"name": "storm", "vol": 0.8, "phi_iv": 0.9, "sigma_iv": 0.04}]
+MOVES = {"calm": {"calm": 0.99, "storm": 0.01}, "storm": {"calm": 0.03, "storm": 0.97}}
+
+
+def market(seed, noise, **changes):
+    return SyntheticConfig.model_validate({
+        "seed": seed, "iv_noise": noise, "max_expiry_days": 30, "strike_width": 0.6, "warmup_days": 15, "vol_surface": SURFACE,
+        "spot_path": {"start_spot": 90_000, "regimes": REGIMES, "regime_transitions": MOVES}, **changes})
+
+
+def calibrated(tmp_path, seed, noise):
+    root = tmp_path / f"{seed}_{noise}"
+    universe = SyntheticUniverse(market(seed, noise), days=4)
+    simulate(universe.config, days=4, every="6h", out=root)
+    config = {"underlying": "BTC", "source": "harvested", "min_dte": 3, "max_dte": 14, "max_samples": 0, "option_types": ["C", "P"],
+              "fit_skew": True, "harvest": {"data_root": str(root)}}
+    return run_historical_calibration_from_harvest(config), universe
+
+
+def test_recovery_without_noise_over_seeds(tmp_path):
+    results = [calibrated(tmp_path, seed, False)[0] for seed in range(SEEDS)]
+    found = np.array([r["recommended_iv_multiplier"] for r in results])
+    assert np.abs(found / MULTIPLIER - 1).max() <= 0.01
+    for side, anchors in SIDES.items():
+        fitted = np.array([[r.recommended_skew.anchor_ratios_by_side[side][f"{d:.2f}"] for d in anchors] for r in results])
+        assert np.abs(fitted.mean(axis=0) - list(anchors.values())).max() <= 0.01
+        assert np.quantile(np.abs(fitted - list(anchors.values())), 0.9) <= 0.01
+    far = np.array([[r.recommended_skew.smile_ratios[f"{c:.2f}"] for c in SMILE] for r in results])
+    assert np.abs(far.mean(axis=0) - list(SMILE.values())).max() <= 0.02
+
+
+def test_recovery_with_noise_over_seeds(tmp_path):
+    gaps = []
+    for seed in range(SEEDS):
+        result, universe = calibrated(tmp_path, seed, True)
+        times = pd.date_range(universe.config.start_time, periods=16, freq="6h")
+        rv = np.array([universe.realized(t) for t in times])
+        iv = rv * MULTIPLIER * np.exp([universe.path.iv_noise[universe.at(t)] for t in times])
+        gaps.append(result["recommended_iv_multiplier"] / (iv.mean() / rv.mean()) - 1)
+    gaps = np.array(gaps)
+    assert abs(gaps.mean()) <= 2 * gaps.std(ddof=1) / math.sqrt(SEEDS) + 0.004  # 0.004: what rounding and interpolation leave without noise
+
+
+def test_regime_means_within_two_standard_errors():
+    means = []
+    for seed in range(SEEDS):
+        sensors, _ = sample_sensors(700, seed)
+        model = fit_regimes(sensors, features=("vrp_30d", "skew_25d", "rv_30d"), k=3)
+        means.append([r.sensor_means["rv_30d"] for r in model.regimes])
+    means = np.array(means)
+    truth = np.array([0.3, 0.5, 0.7]) * math.exp(0.05**2 / 2)
+    assert (np.abs(means.mean(axis=0) - truth) <= 2.5 * means.std(axis=0, ddof=1) / math.sqrt(SEEDS) + 1e-4).all()
+
+
+def test_transitions_within_their_confidence_intervals():
+    truth = np.array([[0.98, 0.02], [0.05, 0.95]])
+    spec = SpotPath(start_spot=1, regimes=[{"name": "a", "vol": 0.3}, {"name": "b", "vol": 0.6}],
+                    regime_transitions={"a": {"a": 0.98, "b": 0.02}, "b": {"a": 0.05, "b": 0.95}})
+    labels = simulate_paths(spec, 200, 1500, seed=9).regime
+    inside = []
+    for row in labels:
+        linked = linked_pairs(np.arange(row.size) * 10**9)
+        counts = transition_counts(row, linked, 2)
+        found, n = smoothed_transitions(counts), counts.sum(axis=1, keepdims=True)
+        inside.append(np.abs(found - truth) <= 1.96 * np.sqrt(truth * (1 - truth) / n))
+    share = np.mean(inside)
+    assert 0.90 <= share <= 0.99
+
+
+def test_phi_and_sigma_are_unbiased():
+    spec = SpotPath(start_spot=1, regimes=[{"name": "a", "vol": 0.3, "phi_iv": 0.9, "sigma_iv": 0.03}])
+    x = simulate_paths(spec, 400, 400, seed=4, burn=100).iv
+    fits = [fit_ar1(row, np.ones(row.size, dtype=bool)) for row in x]
+    phi, sigma = np.array([f.phi for f in fits]), np.array([f.sigma for f in fits])
+    assert abs(phi.mean() - 0.9) <= 3 * phi.std() / 20 + 1e-3
+    assert abs(sigma.mean() - 0.03) <= 3 * sigma.std() / 20 + 1e-4
+    assert np.median([f.stationary for f in fits]) == pytest.approx(0.03 / math.sqrt(0.19), rel=0.03)
+
+
+@pytest.mark.parametrize("innovations", ["gaussian", "student_t", "bootstrap"])
+def test_same_seed_same_bytes_and_another_seed_others(tmp_path, innovations):
+    sensors, _ = sample_sensors(500)
+    fit_regimes(sensors, features=("vrp_30d", "rv_30d"), k=2).to_json(tmp_path / "model.json")
+    path = {"start_spot": 90_000, "model": str(tmp_path / "model.json"), "step": "6h", "innovations": innovations}
+    config = {"spot_path": path, "vol_surface": SURFACE, "max_expiry_days": 20}
+    digests = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        simulate(config, days=1, out=tmp_path / name, seed=seed)
+        files = sorted(p for p in (tmp_path / name).rglob("*.parquet"))
+        digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_chain_does_not_depend_on_those_before():
+    one, two = SyntheticUniverse(market(3, True), days=3), SyntheticUniverse(market(3, True), days=3)
+    for hour in range(0, 40, 3):
+        build_chain(one, pd.Timestamp("2025-10-01", tz="UTC") + pd.Timedelta(hours=hour))
+    pd.testing.assert_frame_equal(build_chain(one, "2025-10-03"), build_chain(two, "2025-10-03"))
+
+
+@pytest.mark.parametrize("asset,spot", [("BTC", 90_000), ("ETH", 3_000), ("XRP_USDC", 2.1), ("SOL_USDC", 140)])
+def test_no_arbitrage_and_parity(asset, spot):
+    config = market(5, True, asset=asset, max_expiry_days=400, spot_path={"start_spot": spot, "regimes": REGIMES, "regime_transitions": MOVES})
+    universe = SyntheticUniverse(config, days=10)
+    for time in pd.date_range("2025-10-01T00:30", periods=12, freq="19h"):
+        report = arbitrage_report(build_chain(universe, time))
+        assert report["butterflies"] > 300 and report["calendars"] > 50
+        assert report["butterfly_arbitrages"] == report["calendar_arbitrages"] == 0
+        assert report["largest_parity_gap"] <= 1.01e-6 * 2
+
+
+def test_chain_reads_like_the_market():
+    chain = build_chain(SyntheticUniverse(market(1, True, max_expiry_days=400), days=2), "2025-10-02T12:00")
+    read = normalize_chain(chain)
+    assert read.counts["forward_mismatch"] == read.counts["crossed_quotes"] == read.counts["duplicate_instrument"] == 0
+    f = read.frame[read.frame["mark_price"] > 0.005]
+    again = black76_price(f["forward"], f["strike"], f["t"], f["mark_iv"], f["option_type"].astype(str)) / f["forward"]
+    assert np.median(np.abs(again / f["mark_price"] - 1)) < 2e-4
+
+
+ACTIVE = {"vrp": 0.1, "iv_multiplier": 1.3, "iv_multiplier_by_band": {"weekly": 1.2}, "skew_mode": "call_heavy", "skew_scale": 2.0,
+          "calibrated_iv_multiplier": 1.1, "calibrated_skew_scale": 3.0}
+
+
+@pytest.mark.parametrize("field", sorted(ACTIVE))
+def test_every_regime_field_changes_a_price(field):
+    surface = VolSurface(iv_multiplier=0.9, use_regime_vrp=True, skew=template_skew(min_dte=1, max_dte=30),
+                         dte_bands=[{"name": "weekly", "min_dte": 3, "max_dte": 10, "iv_multiplier": 1.0}])
+    def iv(**fields):
+        return compute_synthetic_iv_with_skew(surface, 0.5, 90_000, 80_000, 7, regime=RegimeParams(name="r", **fields))[()]
+    assert abs(iv(**{field: ACTIVE[field]}) - iv()) > 1e-3
+
+
+PATH_FIELDS = {"drift": 2.0, "vol": 0.9, "weight": 9.0, "mean_duration": 500.0, "phi_iv": 0.9, "sigma_iv": 0.1, "phi_skew": 0.9, "sigma_skew": 0.1,
+               "spot_iv_corr": -0.9, "iv_rv_beta": -0.9, "iv_multiplier": 2.0}
+
+
+@pytest.mark.parametrize("field", sorted(PATH_FIELDS))
+def test_every_dynamic_field_changes_a_path(field):
+    plain = {"vol": 0.4, "mean_duration": 20.0, "phi_iv": 0.5, "sigma_iv": 0.03, "phi_skew": 0.5, "sigma_skew": 0.02, "iv_multiplier": 1.0}
+    def paths(**changes):
+        regimes = [{"name": n, **plain, "vol": v} for n, v in (("a", 0.4), ("b", 0.6), ("c", 0.8))]
+        regimes[0] |= changes
+        return simulate_paths(SpotPath(start_spot=1, regimes=regimes), 20, 400, seed=1)
+    a, b = paths(), paths(**{field: PATH_FIELDS[field]})
+    assert any(not np.array_equal(getattr(a, n), getattr(b, n)) for n in ("regime", "log_return", "iv", "skew"))
+
+
+CONFIG_FIELDS = {"seed": 99, "iv_noise": False, "carry": 0.2, "carry_front": 0.2, "max_expiry_days": 10, "strike_width": 1.5, "skew_taper_power": 0.9,
+                 "warmup_days": 20, "start_time": "2025-11-03", "asset": "ETH", "vol_surface": {**SURFACE, "iv_multiplier": 1.2},
+                 "quotes": {"short_dte_power": 1.0}, "spot_path": {"start_spot": 50_000, "regimes": REGIMES}}
+
+
+@pytest.mark.parametrize("field", sorted(CONFIG_FIELDS))
+def test_every_config_field_changes_the_market(field):
+    assert set(CONFIG_FIELDS) == set(SyntheticConfig.model_fields)
+    def chain(config):
+        return build_chain(SyntheticUniverse(config, days=2), pd.Timestamp(config.start_time) + pd.Timedelta(hours=30))
+    base = market(1, True)
+    changed = SyntheticConfig.model_validate({**base.model_dump(), field: CONFIG_FIELDS[field]})
+    assert not chain(base).equals(chain(changed))
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"regime_transitions": {"calm": {"calm": 0.9}, "storm": {"storm": 1.0}}}, "sum to 0.9"),
+    ({"regime_transitions": {"calm": {"calm": 1.0}, "storm": {"gale": 1.0}}}, "gale"),
+    ({"regime_transitions": {"calm": {"calm": 1.5, "storm": -0.5}, "storm": {"storm": 1.0}}}, "negative"),
+    ({"regimes": [{**REGIMES[0], "skew_mode": "smirk"}]}, "put_heavy"),
+    ({"regimes": [{**REGIMES[0], "volatility": 0.3}]}, "volatility"),
+])
+def test_wrong_configs_are_named(change, words):
+    path = {"start_spot": 90_000, "regimes": REGIMES, **change}
+    with pytest.raises(ConfigError, match=words):
+        load_synthetic_config({"spot_path": path})
+
+
+def test_older_model_files_load_with_a_warning(tmp_path):
+    old = {"regimes": [{"name": n, "mu_rv_30d": rv, "mu_vrp_30d": 0.04, "iv_level_sigma": 0.05, "skew_template": s, "phi_iv": 0.9, "phi_skew": 0.8}
+                       for n, rv, s in (("calm", 0.35, "neutral"), ("storm", 0.8, "put_heavy"))], "transition_matrix": [[0.9, 0.1], [0.3, 0.7]]}
+    file = tmp_path / "old.json"
+    file.write_text(json.dumps(old))
+    with pytest.warns(UserWarning, match="mu_rv_30d became vol.*iv_level_sigma became sigma_iv"):
+        model = RegimeModel.from_json(file)
+    assert model.names == ["calm", "storm"] and model.matrix[1, 0] == pytest.approx(0.3)
+    assert [r.stationary_iv for r in model.regimes] == pytest.approx([0.05 / 0.39, 0.05 / 0.84])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RegimeModel.from_json(model.to_json()) == model
+
+
+def test_written_harvest_is_whole(tmp_path):
+    told = simulate(Path(__file__).parents[1] / "data" / "configs" / "synthetic.yaml", days=1, every="6h", out=tmp_path)
+    store = Store(str(tmp_path))
+    assert told["snapshots"] == len(store.find("BTC")) == 4
+    assert store.read_batch(store.find("BTC")).failures == []
+    assert store.read_history("BTC")["timestamp"].is_monotonic_increasing
