@@ -24,14 +24,14 @@ from .engine import Source, finish
 from .historical import DayTask, day_chain, run_historical_calibration_from_harvest, trusted_rv
 from .historical import _degrade, _event_counts, _regime_notes, _rv_fields, _rv_note
 from .result import CalibrationResult
-from .sums import chain_sums, make_plan
+from .sums import add_sums, chain_sums, empty_sums, make_plan
 from ..market.chain import Chain
 from ..market.deribit import AsyncDeribit, Deribit, DeribitCallError, OptionBook, currency_of, perpetual_of, run_sync
 from ..market.harvester import DVOL_ASSETS, Book, fetch_books, snapshot_frame
 from ..market.quality import assess_window
 from ..market.store import RawBatch, SnapshotRef
 from ..units import ConfigError, NoUsableDataError, epoch_ns
-from ..vol.realized import PriceSeries, from_candles, load_price_history
+from ..vol.realized import PriceSeries, choose_price_series, load_price_history
 from ..vol.regimes import RegimeModel, load_regime_model
 from ..vol.sensors import SensorTable, chain_levels, daily_bars, finish_sensors, iv_history_of
 
@@ -90,7 +90,7 @@ async def _or_note(call: Coroutine[Any, Any, _T], what: str, notes: list[str]) -
         notes.append(f"without {what}: {error}")
         return None
 
-
+# %% ../../nbs/30_calibration/38_live.ipynb #94c8561a
 async def _candles(client: AsyncDeribit, asset: str, now: pd.Timestamp, days: float, resolution: str, seconds: float) -> pd.DataFrame | None:
     """Candles of the perpetual; None where the exchange has none, even when asked again."""
     until = time.monotonic() + seconds
@@ -184,24 +184,37 @@ async def fetch_market(
 def live_prices(
     market: LiveMarket,
     config: CalibrationConfig,
-) -> PriceSeries | None:  # None where there are none
-    """An explicit price history, else the exchange's candles."""
+) -> tuple[PriceSeries | None, pd.DataFrame | None, list[str]]:  # prices; candles for daily bars of the same source; notes
+    """An explicit price history, else the exchange's candles, where they reach up to the book."""
     told = config.harvest.price_history if config.harvest else None
-    if told is not None:
-        return from_candles(load_price_history(told), "price_history")
-    return None if market.candles is None else from_candles(market.candles, f"candles of {perpetual_of(market.asset)}")
+    explicit, when = None if told is None else load_price_history(told), _ref(market).time
+    try:
+        series = choose_price_series(explicit, market.candles, start=when, end=when)
+    except NoUsableDataError as error:
+        return None, None, [] if market.candles is None else [str(error)]
+    if explicit is not None:
+        return series, explicit, list(series.notes)
+    bars = market.candles if market.long_candles is None else market.long_candles
+    return replace(series, source=f"candles of {perpetual_of(market.asset)}"), bars, list(series.notes)
 
 
+def _ref(market: LiveMarket) -> SnapshotRef:
+    """The name that the snapshot would have as a file."""
+    minute = pd.Timestamp(epoch_ns(market.frame["harvest_time"]).max(), tz="UTC").floor("min")
+    return SnapshotRef(market.asset, minute, "", minute.date())
+
+# %% ../../nbs/30_calibration/38_live.ipynb #f69df765
 def market_sensors(
     market: LiveMarket,
     chain: Chain,  # of the market's snapshot
     prices: PriceSeries | None,  # for realized volatility
+    candles: pd.DataFrame | None,  # for daily bars
 ) -> SensorTable:
     """All sensors of the moment."""
-    bars = daily_bars(market.long_candles) if market.long_candles is not None else None
+    bars = None if candles is None else daily_bars(candles)
     return finish_sensors(chain_levels(chain)[0], prices, bars, iv_history_of(market.dvol), market.funding)
 
-# %% ../../nbs/30_calibration/38_live.ipynb #f69df765
+# %% ../../nbs/30_calibration/38_live.ipynb #63ef7336
 def _unused(config: CalibrationConfig) -> list[str]:
     """What a config asks for that one moment cannot give."""
     told = ["validation_fraction: one snapshot has no later part, so there are no out-of-sample metrics"] if config.validation_fraction > 0 else []
@@ -209,6 +222,14 @@ def _unused(config: CalibrationConfig) -> list[str]:
     return told + (["harvest: source is live, so its window is not read; set source: harvested to use it"] if window else [])
 
 
+def _regime_fields(model: RegimeModel | None, labels: np.ndarray | None) -> dict[str, Any]:
+    """The regime of the moment, and which model says so."""
+    if model is None:
+        return {}
+    digest = hashlib.sha256(model.to_json().encode()).hexdigest()[:16]
+    return {"regime": labels, "regime_vrp": {params.name: params.vrp for params in model.regimes}, "regime_hash": digest}
+
+# %% ../../nbs/30_calibration/38_live.ipynb #70af9138
 def _live_model(config: CalibrationConfig) -> RegimeModel | None:
     """The regime model that labels the moment. Raises `ConfigError` for one of another asset."""
     if not config.regimes:
@@ -248,30 +269,26 @@ def _live_day(market: LiveMarket, config: CalibrationConfig, rv: np.ndarray) -> 
     chain, _, events = day_chain(task, RawBatch(market.frame, [ref]))
     return chain, events
 
-
-def _ref(market: LiveMarket) -> SnapshotRef:
-    """The name that the snapshot would have as a file."""
-    minute = pd.Timestamp(epoch_ns(market.frame["harvest_time"]).max(), tz="UTC").floor("min")
-    return SnapshotRef(market.asset, minute, "", minute.date())
-
 # %% ../../nbs/30_calibration/38_live.ipynb #dbbdd7d9
 def calibrate_market(
     market: LiveMarket,
     config: CalibrationConfig,
 ) -> CalibrationResult:
     """Calibrate one live snapshot as if it had been harvested. Raises `NoUsableDataError` where no option counts."""
-    model, prices, ref = _live_model(config), live_prices(market, config), _ref(market)
+    model, ref = _live_model(config), _ref(market)
+    prices, candles, told = live_prices(market, config)
     rv, basis = trusted_rv(prices, [ref], config)
     known = np.isfinite(rv)
     served = rv if known.all() else np.array([config.default_iv])
     chain, events = _live_day(market, config, served)
-    sensors = market_sensors(market, chain, prices)
+    sensors = market_sensors(market, chain, prices, candles)
     labels = None if model is None else model.predict(sensors.frame)
     plan = make_plan(config, regimes=tuple(model.names) if model else ())
-    sums = chain_sums(chain, served[: len(chain.snapshots)], plan, labels)
+    sums = add_sums(empty_sums(plan.layout), chain_sums(chain, served, plan, labels), config.exact_metrics)
     sums.counts += events
     rv_notes = [] if known.all() else [_rv_note(config, basis, 1, 1, prices)]
-    notes = [*market.notes, *_unused(config), *rv_notes, *([] if model is None or labels is None else _regime_notes(model, labels, [ref]))]
+    regime_notes = [] if model is None or labels is None else _regime_notes(model, labels, [ref])
+    notes = [*market.notes, *told, *_unused(config), *rv_notes, *regime_notes]
     when = chain.snapshots["time"].max()
     source = Source(
         "live", as_of=when.to_pydatetime(), files_hash=book_hash(market.frame), notes=tuple(notes), sensors=sensors,
@@ -280,14 +297,6 @@ def calibrate_market(
         **_rv_fields(config, prices, basis, known), **_regime_fields(model, labels),
     )
     return finish(sums, plan, source)
-
-
-def _regime_fields(model: RegimeModel | None, labels: np.ndarray | None) -> dict[str, Any]:
-    """The regime of the moment, and which model says so."""
-    if model is None:
-        return {}
-    digest = hashlib.sha256(model.to_json().encode()).hexdigest()[:16]
-    return {"regime": labels, "regime_vrp": {params.name: params.vrp for params in model.regimes}, "regime_hash": digest}
 
 # %% ../../nbs/30_calibration/38_live.ipynb #055f8463
 ConfigLike = CalibrationConfig | dict[str, Any] | str | Path
@@ -324,7 +333,7 @@ async def _fetch_within(client: AsyncDeribit, config: CalibrationConfig, deadlin
         if close:
             await client.aclose()
 
-
+# %% ../../nbs/30_calibration/38_live.ipynb #10e836d8
 def fetch_live(
     config: CalibrationConfig,
     client: Deribit | AsyncDeribit | str | None = None,  # the exchange, or its base URL; None: as in the settings

@@ -243,7 +243,7 @@ RANK_DAYS = {"iv_rank_30d": 30.0, "iv_rank_6m": 182.5}
 RANK_MIN_COVERAGE = 0.8  # of the trailing window, from its first IV to its last
 RANK_MIN_POINTS = 20
 
-
+# %% ../../nbs/20_vol/22_sensors.ipynb #5faa934d
 @njit(cache=True, nogil=True, error_model="numpy")
 def _rank_kernel(time_ns, value, window_ns, min_points, min_cover_ns, rank, code):
     """Rank of each value in (time - window, time]; times ascend. Two monotone queues: O(n)."""
@@ -362,7 +362,7 @@ def chain_levels(
     times = epoch_ns(chain.snapshots["time"])[np.searchsorted(snapshots, table["snapshot"])]
     return pd.DataFrame(out), pd.DataFrame({"time_ns": times, "expiry_ns": table["expiry_ns"], "forward": table["forward"]})
 
-
+# %% ../../nbs/20_vol/22_sensors.ipynb #5a4c6ff2
 def _last_index(chain: Chain, snapshots: np.ndarray) -> np.ndarray:
     """(s,) the last known index price of each snapshot; NaN without."""
     place, price = np.searchsorted(snapshots, chain.frame["snapshot"].to_numpy()), chain.frame["index_price"].to_numpy()
@@ -674,7 +674,7 @@ def _cut(vol: RealizedVol, first: int) -> RealizedVol:
     arrays: dict[str, Any] = {name: value[first:] for name, value in vars(vol).items() if isinstance(value, np.ndarray)}
     return replace(vol, **arrays)
 
-
+# %% ../../nbs/20_vol/22_sensors.ipynb #d53b9926
 def harvest_sensors(
     store: Store | str | Path,  # the harvest, or its root
     asset: str,  # BTC, ETH, SOL_USDC, ...
