@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,15 @@ from ..vol.sensors import HarvestLevels, harvest_prices, harvest_sensor_table, i
 log = logging.getLogger("volcal.historical")
 
 # %% auto #0
-__all__ = ['log', 'PRICE_COLUMNS', 'CLOCK_TOLERANCE_MINUTES', 'window_refs', 'snapshot_prices', 'window_prices', 'DayTask',
-           'DayResult', 'read_day', 'day_chain', 'day_result', 'map_days', 'split_days', 'trusted_rv', 'window_regimes',
-           'run_historical_calibration_from_harvest']
+__all__ = ['log', 'PRICE_COLUMNS', 'CLOCK_TOLERANCE_MINUTES', 'PRICE_TOLERANCE', 'CANDLE_SOURCES', 'window_refs',
+           'snapshot_prices', 'window_prices', 'DayTask', 'DayResult', 'read_day', 'day_chain', 'day_result',
+           'map_days', 'split_days', 'trusted_rv', 'window_regimes', 'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
+def _moment(when: datetime | None, otherwise: str) -> str:
+    return f"{when:%Y-%m-%d %H:%M}" if when else otherwise
+
+
 def window_refs(store: Store, harvest: HarvestConfig) -> list[SnapshotRef]:
     """Snapshots of the window, thinned. Raises `NoUsableDataError` where there is none, naming what there is."""
     asset = str(harvest.underlying)
@@ -50,7 +55,8 @@ def window_refs(store: Store, harvest: HarvestConfig) -> list[SnapshotRef]:
             else f"its assets are {store.assets()}"
         )
         raise NoUsableDataError(
-            f"no snapshot of {harvest.underlying} in {harvest.data_root} between {harvest.start_time or 'the oldest'} and {harvest.end_time or 'the newest'}, "
+            f"no snapshot of {harvest.underlying} in {harvest.data_root} between {_moment(harvest.start_time, 'the oldest')} "
+            f"and {_moment(harvest.end_time, 'the newest')}, "
             f"so nothing was calibrated; {has}; choose another window, asset or root"
         )
     return select_snapshots(refs, harvest.snapshot_step, harvest.max_snapshots or None)
@@ -123,6 +129,8 @@ def read_day(task: DayTask) -> RawBatch:
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #269c9140
 CLOCK_TOLERANCE_MINUTES = 15.0
+PRICE_TOLERANCE = 0.05
+CANDLE_SOURCES = ("price_history", "history")
 _NOT_EVENTS = ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
 
 
@@ -303,8 +311,8 @@ def run_historical_calibration_from_harvest(
     notes += rv_notes + (_regime_notes(*regimes, refs) if regimes else [])
     source = Source(
         "harvested", as_of=refs[-1].time.to_pydatetime(), files_hash=_files_hash(refs), notes=tuple(notes),
-        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes, sums.counts["clock_disagrees"]),
-        events=_event_counts(known, failures),
+        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes, _own_issues(sums, series)),
+        events=_event_counts(known, failures, series),
         harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
         **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, refs, regimes, harvest),
     )
@@ -327,10 +335,11 @@ def _rv_fields(config: CalibrationConfig, series: PriceSeries | None, basis: Rea
     return {"rv_source": series.source, "rv_stderr": float(basis.stderr[np.flatnonzero(known)[-1]]), "rv_trusted": True}
 
 
-def _event_counts(known: np.ndarray, failures: list[SchemaFailure]) -> Counter:
-    """What happened beside the rows: snapshots without a trusted RV, files that failed."""
+def _event_counts(known: np.ndarray, failures: list[SchemaFailure], series: PriceSeries | None) -> Counter:
+    """What happened beside the rows: snapshots without a trusted RV, files that failed, prices left out."""
     served = 0 if known.any() else known.size
-    return Counter({"snapshots_without_trusted_rv": int((~known).sum()), "default_iv_used": served, "schema_failures": len(failures)})
+    prices = {f"prices_{name}": count for name, count in (series.counts if series is not None else {}).items() if name != "points"}
+    return Counter({"snapshots_without_trusted_rv": int((~known).sum()), "default_iv_used": served, "schema_failures": len(failures), **prices})
 
 
 def _sensor_fields(
@@ -400,18 +409,35 @@ def _degrade(
     quality: DataQuality,
     rv_missing: bool,  # default_iv stood in for RV
     notes: list[str],  # the last of them says why
-    clock_disagrees: int = 0,  # rows left out because their time is not their file name's
+    more: tuple[tuple[str, int, str], ...] = (),  # further issues: code, count, sentence
 ) -> dict[str, Any]:
-    """The quality block; at best degraded where default_iv stood in for RV, or where the harvester's clock cannot be believed."""
+    """The quality block; at best degraded where default_iv stood in for RV, or where the calibration itself found an issue."""
     block = quality.to_dict()
-    found = [("rv_not_trusted", quality.num_snapshots, notes[-1])] if rv_missing else []
-    if clock_disagrees:
-        told = (
-            f"{clock_disagrees} rows say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
-            "expiry cannot be believed; they are left out; check the harvester's clock"
-        )
-        found.append(("clock_disagrees", clock_disagrees, told))
+    found = [*([("rv_not_trusted", quality.num_snapshots, notes[-1])] if rv_missing else []), *more]
     issues = [{"code": code, "count": count, "severity": "degraded", "sentence": sentence} for code, count, sentence in found]
     if issues and block["status"] == "ok":
         block["status"] = "degraded"
     return {**block, "issues": [*block["issues"], *issues]}
+
+
+def _own_issues(sums: Sums, series: PriceSeries | None) -> tuple[tuple[str, int, str], ...]:
+    """What only the calibration can see: rows dated far from their file, and candles that are not of this market."""
+    out = []
+    if rows := sums.counts["clock_disagrees"]:
+        told = (
+            f"{rows} rows say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
+            "expiry cannot be believed; they are left out; check the harvester's clock"
+        )
+        out.append(("clock_disagrees", rows, told))
+    timeline = stacked(sums.timeline)
+    if series is not None and len(series) and len(timeline):
+        last = np.searchsorted(series.time_ns, epoch_ns(timeline["time"]), side="right") - 1
+        apart = np.abs(np.exp(series.log_price[np.maximum(last, 0)]) / timeline["spot"].to_numpy() - 1.0)[last >= 0]
+        middle = float(np.nanmedian(apart)) if np.isfinite(apart).any() else 0.0
+        if series.source in CANDLE_SOURCES and middle > PRICE_TOLERANCE:
+            told = (
+                f"the prices that RV rests on ({series.source}) are {middle:.0%} from the snapshots' own spot in the median "
+                f"(limit {PRICE_TOLERANCE:.0%}), so they may be of another asset or unit; check harvest.price_history or _history"
+            )
+            out.append(("prices_disagree", int((apart > PRICE_TOLERANCE).sum()), told))
+    return tuple(out)

@@ -82,7 +82,8 @@ GAP_STEPS = 3.0  # a longer stretch without snapshots is a gap; a newest snapsho
 # %% ../../nbs/10_market/14_quality.ipynb #a6df6434
 # the share of rows up to which a count is a note, and what it means
 TOLERATED: dict[Count, tuple[float, str]] = {
-    Count.dropped_zero_mark: (0.10, "marks of exactly 0, left out of pricing"),
+    Count.dropped_zero_mark: (0.25, "marks of exactly 0, left out of pricing"),
+    Count.dropped_expired: (0.10, "rows whose option had expired at harvest_time, left out; is the list of instruments stale?"),
     Count.dropped_missing_mark: (0.02, "marks that are missing, left out"),
     Count.dropped_negative_mark: (0.0, "marks below zero, left out; check the harvester"),
     Count.dropped_unparseable_name: (0.02, "names that are not of options, left out"),
@@ -131,6 +132,9 @@ def _share_issues(total: pd.Series) -> list[QualityIssue]:
             bound = f" ({found / max(whole, 1):.1%}, limit {limit:.0%})" if limit < 1 else ""
             issues.append(QualityIssue(code, found, f"{found} of {whole}{bound} {meaning}",
                                        "degraded" if found > limit * whole else "note"))
+    if not int(total["two_sided"]) and int(total["usable"]):
+        told = f"none of {int(total['usable'])} usable rows has both a bid and an ask, so no error can be read against a spread; harvest quotes too"
+        issues.append(QualityIssue("no_quotes", int(total["usable"]), told, "degraded"))
     return issues
 
 # %% ../../nbs/10_market/14_quality.ipynb #9b97df69
