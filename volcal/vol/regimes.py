@@ -576,6 +576,23 @@ def _residual_rows(shocks: list[np.ndarray], s: _Series) -> dict[str, tuple[floa
     columns = {"regime": known.argmax(axis=0)[rows], "follows": follows} | {n: total[rows, j] for j, n in enumerate(("spot", "iv", "skew"))}
     return {name: tuple(round(float(v), 6) for v in values) for name, values in columns.items()}
 
+# %% ../../nbs/20_vol/23_regimes.ipynb #93f2bb6c
+def _matched_leverage(regimes: Sequence[RegimeParams], s: _Series, share: np.ndarray, step_years: float) -> list[RegimeParams]:
+    """The regimes with spot_iv_corr scaled to the data's correlation of the return with the change of ln IV."""
+    iv_moves = np.append(np.nan, np.diff(s.log_ratio)) + s.rv_moves
+    known = np.isfinite(s.returns) & np.isfinite(iv_moves) & s.linked & (s.labels >= 0)
+    usable = [r for r in regimes if r.vol is not None]
+    if known.sum() < 30 or len(usable) < len(regimes) or np.ptp(s.returns[known]) <= 0:
+        return list(regimes)
+    target = float(np.corrcoef(s.returns[known], iv_moves[known])[0, 1])
+    vol = np.array([r.vol for r in regimes], dtype=np.float64) * math.sqrt(step_years)
+    left = np.array([r.residual_sigma_iv for r in regimes])
+    moved = [((1 + r.iv_rv_beta) * r.sigma_log_rv) ** 2 + r.residual_sigma_iv**2 + ((1 - r.phi_iv) * r.stationary_iv) ** 2 for r in regimes]
+    spread = math.sqrt(float(share @ vol**2) * float(share @ np.array(moved)))
+    implied = float(share @ (vol * left * np.array([r.spot_iv_corr for r in regimes]))) / max(spread, 1e-12)
+    factor = float(np.clip(target / implied, 0.5, 2.0)) if implied * target > 0 else 1.0
+    return [r.model_copy(update={"spot_iv_corr": float(np.clip(factor * r.spot_iv_corr, -0.95, 0.95))}) for r in regimes]
+
 # %% ../../nbs/20_vol/23_regimes.ipynb #11628bac
 def _ordered(clusters: Clusters, features: Sequence[str]) -> Clusters:
     """The same clusters in order of realized vol (or of the first feature)."""
@@ -634,15 +651,17 @@ def fit_regimes(
     matrix = smoothed_transitions(transition_counts(labels, s.linked, chosen))
     found = [_regime_params(name, s, i, sensors, float(matrix[i, i])) for i, name in enumerate(names)]
     step = pd.Timedelta(int(np.median(np.diff(time_ns))), unit="ns").round("min")
+    share = np.linalg.matrix_power(matrix, 2**20)[0]
+    matched = _matched_leverage([p for p, _ in found], s, share, step.value / NS_PER_YEAR)
     week = max(1, round(7 * NS_PER_DAY / step.value))
     span = [pd.Timestamp(t, tz="UTC").isoformat() for t in (time_ns[0], time_ns[-1])]
     log.info("fit: %d rows, %d left out, k = %d, %s", len(values), int((~complete).sum()), chosen, names)
     evidence = _evidence(table, clusters, rows, visit_counts(labels, s.linked, chosen), names, week, seed, int((~complete).sum()))
-    return _assembled(clusters, features, found, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
+    return _assembled(clusters, features, matched, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
                       {"start": span[0], "end": span[1], "rows": len(values), "seed": seed, "iv": iv, "rv": rv, **(provenance or {})})
 
 
-def _assembled(clusters: Clusters, features: Sequence[str], found: list[tuple[RegimeParams, np.ndarray]],
+def _assembled(clusters: Clusters, features: Sequence[str], regimes: list[RegimeParams],
                transitions: dict[str, dict[str, float]], step: pd.Timedelta, residuals: dict[str, tuple[float, ...]] | None,
                evidence: dict[str, Any], provenance: dict[str, Any]) -> RegimeModel:
     def listed(x: np.ndarray | None) -> Any:
@@ -650,7 +669,7 @@ def _assembled(clusters: Clusters, features: Sequence[str], found: list[tuple[Re
     return RegimeModel.model_validate({
         "features": tuple(features), "method": clusters.method, "center": listed(clusters.center), "scale": listed(clusters.scale),
         "centroids": listed(clusters.means), "mixture_weights": listed(clusters.weights), "covariances": listed(clusters.covariances),
-        "regimes": [p for p, _ in found], "transitions": transitions, "step": f"{step.value // 60_000_000_000}min", "residuals": residuals,
+        "regimes": regimes, "transitions": transitions, "step": f"{step.value // 60_000_000_000}min", "residuals": residuals,
         "evidence": evidence, "provenance": provenance})
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #554cf6e1
