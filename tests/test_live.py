@@ -299,3 +299,21 @@ def test_the_market_can_be_fetched_without_calibrating(both):
 
 def test_errors_are_of_the_family():
     assert issubclass(DeribitError, VolcalError) and issubclass(NoUsableDataError, VolcalError) and issubclass(ConfigError, VolcalError)
+
+
+# Regimes
+
+
+def test_the_moment_has_a_regime_where_a_model_is_given(both, tmp_path):
+    from volcal.vol.regimes import fit_regimes, sample_sensors
+
+    features = ("vrp_30d", "vrp_7d", "skew_25d", "term_slope", "rv_30d")
+    path = tmp_path / "regimes.json"
+    path.write_text(fit_regimes(sample_sensors()[0], features, k=3, provenance={"underlying": "BTC", "start": "2026-01-01", "end": "2026-04-01"}).to_json())
+    with ReplayExchange(both.root, at="2026-03-02T12:05:30Z") as exchange:
+        result = run_calibration(underlying="BTC", regimes=str(path), client=client(exchange))
+        with pytest.raises(ConfigError, match="trained on BTC, not on SOL_USDC"):
+            run_calibration(underlying="SOL_USDC", regimes=str(path), client=client(exchange))
+    here = [name for name, part in result.environment_summary.items() if part.count]
+    assert len(here) == 1 and {row["regime"] for row in result.rows} == set(here) and any("in-sample" in note for note in result.notes)
+    assert result.reproducibility.regime_model_hash

@@ -22,7 +22,6 @@ import pandas as pd
 from .config import CalibrationConfig, HarvestConfig, load_config, load_mapping
 from .engine import Source, finish
 from .historical import DayTask, day_chain, run_historical_calibration_from_harvest, trusted_rv
-from .historical import _degrade, _event_counts, _regime_notes, _rv_fields, _rv_note
 from .result import CalibrationResult
 from .sums import add_sums, chain_sums, empty_sums, make_plan
 from ..market.chain import Chain
@@ -30,8 +29,8 @@ from ..market.deribit import AsyncDeribit, Deribit, DeribitCallError, OptionBook
 from ..market.harvester import DVOL_ASSETS, Book, fetch_books, snapshot_frame
 from ..market.quality import assess_window
 from ..market.store import RawBatch, SnapshotRef
-from ..units import ConfigError, NoUsableDataError, epoch_ns
-from ..vol.realized import PriceSeries, choose_price_series, load_price_history
+from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
+from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, why_untrusted
 from ..vol.regimes import RegimeModel, load_regime_model
 from ..vol.sensors import SensorTable, chain_levels, daily_bars, finish_sensors, iv_history_of
 
@@ -229,6 +228,16 @@ def _regime_fields(model: RegimeModel | None, labels: np.ndarray | None) -> dict
     digest = hashlib.sha256(model.to_json().encode()).hexdigest()[:16]
     return {"regime": labels, "regime_vrp": {params.name: params.vrp for params in model.regimes}, "regime_hash": digest}
 
+
+def _regime_notes(model: RegimeModel | None, labels: np.ndarray | None, when: pd.Timestamp) -> list[str]:
+    """What a reader of the label must know."""
+    if model is None or labels is None:
+        return []
+    start, end = model.provenance.get("start"), model.provenance.get("end")
+    unknown = ["the moment lacks a feature of the regime model and has no regime"] if (labels < 0).any() else []
+    inside = bool(start and end) and to_utc(start) <= when <= to_utc(end)
+    return unknown + ([f"the regime model was trained on {start} to {end}: its label is in-sample"] if inside else [])
+
 # %% ../../nbs/30_calibration/38_live.ipynb #70af9138
 def _live_model(config: CalibrationConfig) -> RegimeModel | None:
     """The regime model that labels the moment. Raises `ConfigError` for one of another asset."""
@@ -250,6 +259,24 @@ def live_quality(
     newest = chain.snapshots["time"].max()
     step = pd.Timedelta(minutes=STALE_MINUTES / 3.0)
     return assess_window(chain.snapshots, [], newest, newest, step=step, as_of=max(now, newest))
+
+
+def _quality_block(chain: Chain, now: pd.Timestamp, rv_note: str) -> dict[str, Any]:
+    """The block `data_quality`; at best degraded where default_iv stood in for RV."""
+    block = live_quality(chain, now).to_dict()
+    if rv_note:
+        block["issues"] = [*block["issues"], {"code": "rv_not_trusted", "count": 1, "severity": "degraded", "sentence": rv_note}]
+        block["status"] = "degraded" if block["status"] == "ok" else block["status"]
+    return block
+
+# %% ../../nbs/30_calibration/38_live.ipynb #53ed2398
+def _rv_fields(config: CalibrationConfig, prices: PriceSeries | None, basis: RealizedVol | None) -> tuple[dict[str, Any], str]:
+    """Source and relative standard error of RV; and why there is none."""
+    if prices is not None and basis is not None and basis.trusted[0]:
+        return {"rv_source": prices.source, "rv_stderr": float(basis.stderr[0]), "rv_trusted": True}, ""
+    why = "there are no prices for RV" if basis is None else why_untrusted(basis, 0)
+    text = f"default_iv = {config.default_iv:g}"
+    return {"rv_source": text, "rv_stderr": None, "rv_trusted": False}, f"{why}; {text} is used"
 
 
 def book_hash(
@@ -278,23 +305,21 @@ def calibrate_market(
     model, ref = _live_model(config), _ref(market)
     prices, candles, told = live_prices(market, config)
     rv, basis = trusted_rv(prices, [ref], config)
-    known = np.isfinite(rv)
-    served = rv if known.all() else np.array([config.default_iv])
+    rv_fields, rv_note = _rv_fields(config, prices, basis)
+    served = np.array([config.default_iv]) if rv_note else rv
     chain, events = _live_day(market, config, served)
     sensors = market_sensors(market, chain, prices, candles)
     labels = None if model is None else model.predict(sensors.frame)
     plan = make_plan(config, regimes=tuple(model.names) if model else ())
     sums = add_sums(empty_sums(plan.layout), chain_sums(chain, served, plan, labels), config.exact_metrics)
     sums.counts += events
-    rv_notes = [] if known.all() else [_rv_note(config, basis, 1, 1, prices)]
-    regime_notes = [] if model is None or labels is None else _regime_notes(model, labels, [ref])
-    notes = [*market.notes, *told, *_unused(config), *rv_notes, *regime_notes]
+    notes = [*market.notes, *told, *_unused(config), *([rv_note] if rv_note else []), *_regime_notes(model, labels, ref.time)]
     when = chain.snapshots["time"].max()
     source = Source(
         "live", as_of=when.to_pydatetime(), files_hash=book_hash(market.frame), notes=tuple(notes), sensors=sensors,
-        data_quality=_degrade(live_quality(chain, market.now), not known.all(), rv_notes, events["clock_disagrees"]),
-        events=market.events + _event_counts(known, []), harvest_range={"start": when, "end": when, "snapshots": 1},
-        **_rv_fields(config, prices, basis, known), **_regime_fields(model, labels),
+        data_quality=_quality_block(chain, market.now, rv_note), harvest_range={"start": when, "end": when, "snapshots": 1},
+        events=market.events + Counter({"snapshots_without_trusted_rv": int(bool(rv_note)), "default_iv_used": int(bool(rv_note))}),
+        **rv_fields, **_regime_fields(model, labels),
     )
     return finish(sums, plan, source)
 
