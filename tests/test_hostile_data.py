@@ -444,3 +444,34 @@ def test_filters_that_leave_nothing_say_so(clean: Path) -> None:
 
 def test_a_config_that_cannot_be(clean: Path) -> None:
     raised(ConfigError, clean, harvest={"start_time": "2026-03-04", "end_time": "2026-03-01"})
+
+
+def test_candles_of_another_asset(copy: Path) -> None:
+    """Prices at another level than the market's own are not its prices."""
+    path = copy / "_history" / "BTC_ohlc.parquet"
+    frame = pd.read_parquet(path)
+    frame.assign(close=frame["close"] / 30).to_parquet(path)
+    assert verdict(run(copy))[0] != "ok"
+
+
+def test_dropped_prices_are_counted(copy: Path) -> None:
+    path = copy / "_history" / "BTC_ohlc.parquet"
+    frame = pd.read_parquet(path)
+    frame.loc[frame.index[::7], "close"] = 0.0
+    frame.to_parquet(path)
+    result = run(copy)
+    assert any("price" in event and count >= 100 for event, count in result.events.items()), result.events
+
+
+def test_no_quotes_at_all(copy: Path) -> None:
+    result = run(change(copy, lambda f: f.assign(best_bid_price=0.0, best_ask_price=np.nan)))
+    assert result.recommended_metrics.inside_bid_ask_pct is None and any("quote" in code for code in codes(result)), codes(result)
+
+
+def test_a_chain_that_is_half_expired(copy: Path) -> None:
+    """A harvester that repeats an old list of instruments is told before nothing is left."""
+    for path, time in zip(files(copy), TIMES, strict=True):
+        old = snapshot(time - pd.Timedelta(days=10)).query(f"expiry < '{time:%Y-%m-%d}'").assign(harvest_time=time)
+        pd.concat([snapshot(time), old], ignore_index=True).drop_duplicates("instrument_name").to_parquet(path, index=False)
+    result = run(copy)
+    assert result.events["dropped_expired"] > 1000 and verdict(result)[0] == "degraded" and "expired" in verdict(result)[1]

@@ -257,7 +257,7 @@ def window_regimes(
     if not config.regimes or config.harvest is None:
         return None
     model, h = load_regime_model(config.regimes), config.harvest
-    trained_on = model.provenance.get("underlying", refs[0].asset)
+    trained_on = model.provenance.get("asset", refs[0].asset)
     if trained_on != refs[0].asset:
         raise ConfigError(
             f"the regime model {config.regimes} was trained on {trained_on}, not on {refs[0].asset}, so its labels would mean nothing; "
