@@ -53,7 +53,7 @@ def last_friday(
     end = pd.Timestamp(year=year, month=month, day=1, tz="UTC") + pd.offsets.MonthEnd(0)
     return end.normalize() - pd.Timedelta(days=(end.weekday() - 4) % 7) + pd.Timedelta(hours=EXPIRY_HOUR_UTC)
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #b06c12bf
 def expiry_calendar(
     now: Any,  # when
     daily: int = 3,  # how many of each kind
@@ -90,7 +90,7 @@ def round_step(
     power = 10.0 ** math.floor(math.log10(size))
     return min((power * m for m in (1.0, 2.0, 5.0, 10.0)), key=lambda s: abs(math.log(s / size)))
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #ab785d47
 def strike_grid(
     kind: str,  # daily, weekly, monthly, quarterly
     reference: float,  # spot that sets the steps
@@ -453,7 +453,7 @@ def write_universe(
     log.info("wrote %d snapshots of %s to %s", len(times), asset, root)
     return times
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #a9afc7dd
 def simulate(
     config: SyntheticConfig | dict[str, Any] | str | FilePath,  # a config, a dict, or the path of a YAML or JSON file
     days: float,  # how long
@@ -526,7 +526,7 @@ def _variances(f: pd.DataFrame, side: str) -> tuple[np.ndarray, np.ndarray]:
     known = np.isfinite(iv)
     return otm["log_moneyness"].to_numpy()[known], (iv**2 * otm["t"].to_numpy())[known]
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #ca61f0c0
 def arbitrage_report(
     chain: pd.DataFrame,  # one snapshot in the harvest layout
 ) -> dict[str, float]:  # butterflies, calendars dealt and violated; largest breach of parity, in the mark's unit
@@ -597,7 +597,7 @@ def sample_truth(
         "regimes": {n: {"vol": r.vol, "share_of_window": round(float(s), 4)} for n, r, s in zip(names, universe.path.model.regimes, share, strict=True)},
     }
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #5326b5c8
 def write_sample(
     root: str | FilePath,  # an empty folder
     seed: int = SAMPLE_SEED,

@@ -115,13 +115,13 @@ def _path_counter(seed, number):
     """Where the counter of a path begins."""
     return _mix(_mix(np.uint64(seed) * _GOLDEN) ^ (np.uint64(number) * _MIX2))
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #dc59089d
 @njit(cache=True, nogil=True, error_model="numpy")
 def _uniform_at(s):
     """Uniform on (0, 1)."""
     return ((_mix(s) >> np.uint64(12)) + 0.5) * _TO_UNIT
 
-# %% ../../nbs/40_universe/41_paths.ipynb #dc59089d
+# %% ../../nbs/40_universe/41_paths.ipynb #61ff4cbf
 @njit(cache=True, nogil=True, error_model="numpy")
 def _rare_normal(i, u, s):
     """The edges and the tail of the ziggurat, from a stream of their own."""
@@ -143,7 +143,7 @@ def _rare_normal(i, u, s):
         if abs(u) < _RATIO[i]:
             return u * _EDGE[i]
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #862cd5bc
 @njit(cache=True, nogil=True, error_model="numpy")
 def _normal_at(s):
     """Standard normal of a counter."""
@@ -188,7 +188,7 @@ def _next_block(s, at, regime, pool_regime, follows, leave):
         if pool_regime[at] == regime:
             return at
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #49bd6c4a
 @njit(cache=True, nogil=True, error_model="numpy")
 def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi_iv, sigma_iv, phi_skew, sigma_skew, corr, beta, log_m, window, kind,
                 shape, pool, pool_regime, follows, leave, out_regime, out_log, out_x, out_y):
@@ -308,7 +308,7 @@ def price_decimals(
     """Decimals of an index price: two for BTC and ETH, more for small coins."""
     return int(np.clip(6 - math.floor(math.log10(price)), 2, 8)) if price < 1000 else 2
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #998d770d
 def simulate_path(
     spec: SpotPath,
     start: Any,  # opening time of the first step

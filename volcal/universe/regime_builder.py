@@ -46,7 +46,7 @@ class RegimeSums:
     moments: np.ndarray  # (k, 2, anchors, 6) of the skew fit
     rows: np.ndarray  # (k,) options used
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #f808fdc7
 def _add_day(sums: RegimeSums, store: Store, refs: list[SnapshotRef], label: np.ndarray, rv: np.ndarray, bands: Sequence[BandConfig]) -> None:
     """Add one day; `label` and `rv` are per snapshot."""
     batch = store.read_batch(refs)
@@ -167,7 +167,7 @@ class RegimeBuild:
                  "skew": r.skew_mode, "skew scale": r.skew_scale, "phi": r.phi_iv, "sigma": r.sigma_iv} for r in self.model.regimes]
         return pd.DataFrame(rows).set_index("regime")
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #1cf6a2d3
 def build_regimes(
     parameters: BuildRegimesParameters | dict[str, Any],
     progress: Callable[[int, int], None] | None = None,  # told (days done, days)
@@ -195,7 +195,7 @@ def build_regimes(
     log.info("%d regimes of %s from %d snapshots: %s", len(model.regimes), p.underlying, len(refs), model.names)
     return build
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #1cf6a2d3
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #e13d2e96
 def synthetic_block(
     build: RegimeBuild,
 ) -> dict[str, Any]:  # plain values: a config that `volcal simulate` takes
@@ -218,7 +218,7 @@ def synthetic_block(
         "vol_surface": {"iv_mode": "rv_window", "rv_window_days": 7.0, "iv_multiplier": round(float(total[0, 0] / total[0, 1]), 4) if total[0, 1] > 0 else 1.0,
                         "dte_bands": bands, "skew": skew}}
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #3cfeaa87
 def _relative_scale(build: RegimeBuild, name: str, average: FittedSkew) -> float:
     """Slope of a regime's (anchors - 1) on the average's."""
     own = fit_skew(build.sums.moments[build.model.names.index(name)], ["C", "P"])
@@ -245,7 +245,7 @@ def write_yaml_block(
         Path(path).write_text(text, encoding="utf-8")
     return text
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #183ade59
 def write_calibrated_regimes(
     model: RegimeModel,
     environment: dict[str, Any],  # per regime, with `multiplier`: `environment_summary` of a calibration
@@ -283,7 +283,7 @@ def regimes_figure(
     axes[1].legend(fontsize=7)
     return fig
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #0beb4565
 def sensors_figure(build: RegimeBuild) -> Any:  # a matplotlib figure
     """Distribution of each feature per regime."""
     from volcal.plots import CYCLE, figure
@@ -301,7 +301,7 @@ def sensors_figure(build: RegimeBuild) -> Any:  # a matplotlib figure
     axes[0, 0].legend([b for b in boxes["boxes"]], names, fontsize=6)
     return fig
 
-
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #b526d940
 def transitions_figure(build: RegimeBuild) -> Any:  # a matplotlib figure
     """Transition matrix, and IV / RV per band and regime."""
     from volcal.plots import CYCLE, figure

@@ -107,7 +107,7 @@ def agreement(
 
     return float(adjusted_rand_score(a, b))
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #be65db66
 def judge_k(
     rows: np.ndarray,  # (n, f)
     k: int,
@@ -205,7 +205,7 @@ def transition_counts(
     here = np.flatnonzero(linked)
     return np.bincount(label[here - 1] * k + label[here], minlength=k * k).reshape(k, k)
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #f79cbb9e
 def visit_counts(
     labels: Any,  # (n,) int, -1 unknown
     linked: np.ndarray,  # (n,) bool
@@ -242,7 +242,7 @@ class Ar1(NamedTuple):
 
 MAX_PHI = 0.999
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #1c00482d
 def fit_ar1(
     x: Any,  # (n,) in time order
     used: Any,  # (n,) bool: row i and the one before it make a pair

@@ -35,7 +35,7 @@ __all__ = ['log', 'SkewMode', 'DEFAULT_DURATION', 'DEFAULT_FEATURES', 'FORMAT', 
 # %% ../../nbs/20_vol/23_regimes.ipynb #f60ba603
 SkewMode = Literal["put_heavy", "call_heavy", "neutral"]
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #5d887ade
 class RegimeParams(BaseModel):
     """One kind of market."""
 
@@ -113,7 +113,7 @@ def _checked_rows(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
                               f"{' and are negative in part' if (row < 0).any() else ''}; they must be probabilities that sum to 1")
     return matrix / matrix.sum(axis=1, keepdims=True)
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #06f53410
 def _sticky_row(regimes: Sequence[RegimeParams], i: int) -> np.ndarray:
     """Stay with 1 - 1/mean_duration, else move by weights."""
     others = np.array([0.0 if j == i else r.weight for j, r in enumerate(regimes)])
@@ -150,7 +150,7 @@ DEFAULT_FEATURES = ("vrp_30d", "vrp_7d", "chop_factor", "adx_14", "iv_rank_30d",
 FORMAT = "volcal.regime_model"
 _Rows = tuple[tuple[float, ...], ...]
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #ec9b00af
 class _ModelData(BaseModel):
     """What a model file holds."""
 
@@ -181,7 +181,7 @@ class _ModelData(BaseModel):
         step_ns(self.step)
         return self
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #3fb0b78f
 def step_ns(
     step: str,  # 5min, 1h, 6h
 ) -> int:
@@ -264,7 +264,7 @@ class _Dynamics(_Labelling):
             regimes.append(r.model_copy(update=changed))
         return self.model_copy(update={"regimes": tuple(regimes), "step": duration, "transitions": named_transitions(self.names, matrix)})  # type: ignore
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #eacad4eb
 def named_transitions(names: Sequence[str], matrix: np.ndarray) -> dict[str, dict[str, float]]:
     """A matrix as a nested dict."""
     return {a: {b: float(p) for b, p in zip(names, row, strict=True)} for a, row in zip(names, matrix, strict=True)}
@@ -317,7 +317,7 @@ class RegimeModel(_Dynamics):
         """Learn a model from sensors through time."""
         return fit_regimes(sensors, **options)
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #2e50da08
 def load_regime_model(
     source: RegimeModel | str | Path | dict[str, Any],
 ) -> RegimeModel:
@@ -364,7 +364,7 @@ def _older_params(e: dict[str, Any]) -> RegimeParams:
         "vol": rv, "vrp": vrp, "sensor_means": {"rv_30d": rv, "vrp_30d": vrp}, "phi_iv": phi, "sigma_iv": spread * math.sqrt(1 - phi**2),
         "phi_skew": float(e.get("phi_skew", 0.0)), **skew, **kept, "name": str(e["name"])})
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #2d198824
 def from_older_shape(
     data: dict[str, Any],  # a file of the older shape
 ) -> RegimeModel:
@@ -412,7 +412,7 @@ def create_regime_state(
     skew = r.sigma_skew / math.sqrt(1.0 - r.phi_skew**2)
     return RegimeState(chosen, r.stationary_iv * rng.standard_normal(), skew * rng.standard_normal(), None if time is None else to_utc(time))
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #38346240
 def step_regime_state(
     state: RegimeState,
     model: RegimeModel,
@@ -484,7 +484,7 @@ def _finite_mean(values: np.ndarray, default: float = math.nan) -> float:
     found = values[np.isfinite(values)]
     return float(found.mean()) if found.size else default
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #025b72c5
 def _spot_numbers(s: _Series, here: np.ndarray) -> dict[str, float]:
     """Drift and volatility of a regime."""
     used = here & np.isfinite(s.returns)
@@ -494,7 +494,7 @@ def _spot_numbers(s: _Series, here: np.ndarray) -> dict[str, float]:
     vol = math.sqrt(float((s.returns[used] ** 2).sum()) / years)
     return {"drift": float(s.returns[used].sum()) / years + 0.5 * vol**2, "vol": vol} if vol > 0 else {}
 
-# %% ../../nbs/20_vol/23_regimes.ipynb #025b72c5
+# %% ../../nbs/20_vol/23_regimes.ipynb #02df8f21
 def _iv_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """Multiplier and dynamics of a regime; standardised innovations of x."""
     centre = _finite_mean(s.log_ratio[here])
@@ -517,7 +517,7 @@ def _capped(fit: Ar1, values: np.ndarray) -> Ar1:
         return fit
     return fit._replace(phi=math.sqrt(max(1.0 - (fit.sigma / widest) ** 2, 0.0)))
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #7f8af28b
 def _responses(fit: Ar1, s: _Series, known: np.ndarray) -> dict[str, float]:
     """How the innovation of x answers to realized vol, and what is left to the return. The return's part is that of ln IV."""
     shock, rv_move, n = fit.residuals[known], s.rv_moves[known], int(known.sum())
@@ -660,7 +660,7 @@ def fit_regimes(
     return _assembled(clusters, features, matched, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
                       {"start": span[0], "end": span[1], "rows": len(values), "seed": seed, "iv": iv, "rv": rv, **(provenance or {})})
 
-
+# %% ../../nbs/20_vol/23_regimes.ipynb #863e2ca0
 def _assembled(clusters: Clusters, features: Sequence[str], regimes: list[RegimeParams],
                transitions: dict[str, dict[str, float]], step: pd.Timedelta, residuals: dict[str, tuple[float, ...]] | None,
                evidence: dict[str, Any], provenance: dict[str, Any]) -> RegimeModel:
