@@ -52,6 +52,6 @@ def figure(
 
     if not plt.isinteractive():  # a notebook's backend loads late, and its interactive mode would be lost with the context
         plt.switch_backend(plt.get_backend())
-    with plt.rc_context({**STYLE, "axes.prop_cycle": cycler(color=CYCLE)}):
+    with plt.rc_context({**STYLE, "axes.prop_cycle": cycler(color=CYCLE)}):  # type: ignore[dict-item]
         fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)
     return fig, axes

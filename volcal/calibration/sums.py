@@ -29,8 +29,7 @@ from volcal.calibration.skew_fit import (
     position_sums,
 )
 from ..market.chain import Chain
-from ..vol.sensors import chain_levels
-from ..vol.smile import atm_by_group
+from ..vol.sensors import ExpiryGroups, chain_levels, expiry_groups
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, template_skew, term_multiplier
 
 # %% auto #0
@@ -159,13 +158,7 @@ class Prepared:
     selected: dict[str, np.ndarray]  # samples over the union
     counts: Counter
     liquidity: Counter
-
-
-def _expiry_groups(frame: pd.DataFrame) -> tuple[np.ndarray, int]:
-    """(n,) number of each row's (snapshot, expiry), and how many there are."""
-    codes, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
-    snapshot = frame["snapshot"].to_numpy()
-    return (snapshot * len(expiries) + codes).astype(np.int32), int(snapshot.max() + 1) * len(expiries)
+    groups: ExpiryGroups  # of the whole chain
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #0edbf4b6
 def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | None]]:
@@ -185,9 +178,9 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     config, frame = plan.config, chain.frame
     if not len(frame):
         return None
-    group, count = _expiry_groups(frame)
+    groups = expiry_groups(frame)
+    group, atm = groups.group, groups.atm
     sign = np.where(frame["option_type"].array == "C", 1.0, -1.0)
-    atm = atm_by_group(group, count, frame["log_moneyness"].to_numpy(), frame["mark_iv"].to_numpy(), sign)
     dte = frame["dte"].to_numpy()
     in_range = {name: (dte >= low) & (dte <= high) for name, (low, high, _) in _ranges(config).items()}
     anywhere = np.logical_or.reduce(list(in_range.values()))
@@ -208,7 +201,7 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     union = np.logical_or.reduce(list(samples.values()))
     part = frame[union].reset_index(drop=True)
     columns = _columns(part, plan, group[union], atm[group][union], sign[union], keys[union])
-    return Prepared(part, columns, {name: mask[union] for name, mask in samples.items()}, counts, liquidity)
+    return Prepared(part, columns, {name: mask[union] for name, mask in samples.items()}, counts, liquidity, groups)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #5e7401a1
 def _position(chain: Chain, frame: pd.DataFrame) -> np.ndarray:
@@ -376,7 +369,7 @@ def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, where: np.ndarray) -
 # %% ../../nbs/30_calibration/35b_sums.ipynb #44c69bd5
 def _timeline(chain: Chain, ready: Prepared, rv: np.ndarray) -> pd.DataFrame:
     """One row per snapshot: what sensors keep of it, its RV, and the rows used."""
-    levels, _ = chain_levels(chain)
+    levels, _ = chain_levels(chain, ready.groups)
     snapshots = chain.snapshots["snapshot"].to_numpy()
     used = ready.frame["snapshot"].to_numpy()[ready.selected["headline"]]
     rows = np.bincount(np.searchsorted(snapshots, used), minlength=snapshots.size)

@@ -199,15 +199,26 @@ def _largest_gap(dt, first, last):
     return out
 
 # %% ../../nbs/20_vol/20_realized.ipynb #5db611a4
+@njit(cache=True, nogil=True, error_model="numpy")
+def _window_kernel(ret, days, linked, first, last, out):
+    """Sums over the returns inside points first .. last - 1, each window on its own, so that what came before it leaves no trace."""
+    for m in range(len(first)):
+        for i in range(first[m] + 1, last[m]):
+            if linked[i]:
+                out[0, m] += ret[i] * ret[i]
+                out[1, m] += days[i]
+                out[2, m] += days[i] * days[i]
+                out[3, m] += 1.0
+
+
 def _window_sums(series: PriceSeries, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """(4, m) sums over the returns inside points first .. last - 1: squares, days, squared days, count."""
-    n = len(series)
     days = np.diff(series.time_ns, prepend=series.time_ns[:1]) / NS_PER_DAY
     ret = np.diff(series.log_price, prepend=series.log_price[:1])
-    linked = np.ones(n, dtype=bool) if series.breaks is None else ~series.breaks
-    running = np.zeros((4, n + 1))
-    np.cumsum(np.where(linked, np.stack([ret**2, days, days**2, np.ones(n)]), 0.0), axis=1, out=running[:, 1:])
-    return np.where(last - first > 1, running[:, last] - running[:, np.minimum(first + 1, n)], 0.0)
+    linked = np.ones(len(series), dtype=bool) if series.breaks is None else ~series.breaks
+    out = np.zeros((4, len(first)))
+    _window_kernel(ret, days, linked, first, last, out)
+    return out
 
 # %% ../../nbs/20_vol/20_realized.ipynb #18282cdd
 def realized_vol(
