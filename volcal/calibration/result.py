@@ -385,7 +385,6 @@ class CalibrationResult(ResultViews, ResultCore):
     snapshot_count: int | None = None
     time_range: TimeRange | None = None
     timeline: list[dict[str, Any]] = []  # per snapshot: time, spot, rv, atm_iv, ...
-    smiles: list[dict[str, Any]] = []  # one snapshot's quotes and synthetic IV, for pictures
     active_overrides: list[dict[str, Any]] = []  # recorded, not used
     events: dict[str, int] = {}  # drops, repairs and fallbacks by code
     notes: list[str] = []

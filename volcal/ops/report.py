@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PICTURE_DPI', 'PAGE_WIDTH', 'STATUS_COLOURS', 'STATUS_ADVICE', 'REPORT_CSS', 'METRIC_HEAD', 'QUOTE_COLUMNS',
-           'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'Block', 'Picture', 'as_picture', 'shown', 'percent',
-           'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'headline_sentence', 'banner', 'tiles',
-           'metric_cells', 'metrics_table', 'bands_table', 'candidates_table', 'window_quotes', 'out_of_the_money',
-           'last_snapshot', 'shown_expiries', 'smile_figure', 'error_grid', 'mean_error', 'heat_figure', 'term_figure',
-           'timeline_frame', 'gap_spans', 'timeline_figure', 'ratio_curve', 'largest_misfit', 'skew_figure',
-           'skew_table', 'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
-           'reproducibility_block']
+           'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'SENSOR_WORDS', 'Block', 'Picture', 'as_picture',
+           'shown', 'percent', 'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'headline_sentence',
+           'banner', 'tiles', 'metric_cells', 'metrics_table', 'bands_table', 'candidates_table', 'window_quotes',
+           'out_of_the_money', 'last_snapshot', 'shown_expiries', 'smile_figure', 'error_grid', 'mean_error',
+           'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans', 'timeline_figure', 'sensors_table',
+           'ratio_curve', 'largest_misfit', 'skew_figure', 'skew_table', 'ladder_figure', 'ladder_table',
+           'events_table', 'health_block', 'code_block', 'surface_block', 'reproducibility_block']
 
 # %% ../../nbs/50_ops/49_report.ipynb #8908aa0a
 @dataclass(frozen=True)
@@ -722,6 +722,29 @@ def timeline_figure(result: CalibrationResult) -> Picture | Block:
         f"Realized vol and at-the-money implied vol through the window, with {len(gaps)} gaps shaded; below, their ratio against the "
         "recommended multiplier.",
     )
+
+# %% ../../nbs/50_ops/49_report.ipynb #1fb5ed06
+SENSOR_WORDS = {
+    "vrp_30d": ("volatility risk premium, 30 days: implied minus realized", 100.0, " pts"),
+    "vrp_7d": ("the same, 7 days", 100.0, " pts"),
+    "chop_factor": ("7-day realized vol over 30-day implied", 1.0, ""),
+    "adx_14": ("strength of the trend, Wilder's ADX of 14 days", 1.0, ""),
+    "iv_rank_30d": ("30-day implied vol in its range of 30 days, 0 to 1", 1.0, ""),
+    "skew_25d": ("25-delta put minus call, 30 days", 100.0, " pts"),
+    "term_slope": ("7-day minus 30-day implied vol", 100.0, " pts"),
+}
+
+
+def sensors_table(result: CalibrationResult) -> Block:
+    """Mean and last value of each sensor, in vol points where it is a volatility, or why there is none."""
+    if not result.snapshot_sensors:
+        return nothing("no sensor was computed")
+    rows = []
+    for name, value in result.snapshot_sensors.items():
+        words, scale, unit = SENSOR_WORDS.get(name, (name, 1.0, ""))
+        mean, last = ("" if x is None else shown(x * scale, 2) + unit for x in (value.mean, value.last))
+        rows.append([name, mean or "-", last or "-", words if value.last is not None else f"{words}; no value now: {value.reason}"])
+    return Block(html_table(["sensor", "mean", "last", "what it says"], rows, text=(0, 3)))
 
 # %% ../../nbs/50_ops/49_report.ipynb #44cfa600
 def ratio_curve(
