@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from volcal.calibration.historical import run_historical_calibration_from_harvest
 from volcal.market.chain import normalize_chain
@@ -17,6 +18,7 @@ from volcal.settings import real_data_root
 from volcal.units import ConfigError
 from volcal.universe.chains import SyntheticConfig, SyntheticUniverse, arbitrage_report, build_chain, load_synthetic_config, simulate
 from volcal.universe.paths import SpotPath, simulate_paths
+from volcal.universe.regime_builder import build_regimes, write_calibrated_regimes, write_yaml_block
 from volcal.vol.clusters import fit_ar1, linked_pairs, smoothed_transitions, transition_counts
 from volcal.vol.regimes import RegimeModel, RegimeParams, fit_regimes, sample_sensors
 from volcal.vol.sensors import harvest_sensors
@@ -161,6 +163,32 @@ def test_every_regime_field_changes_a_price(field):
     assert abs(iv(**{field: ACTIVE[field]}) - iv()) > 1e-3
 
 
+SURFACE_FIELDS = {
+    "iv_mode": {"iv_mode": "fixed", "fixed_iv": 0.9}, "fixed_iv": {"iv_mode": "fixed", "fixed_iv": 0.8}, "iv_multiplier": {"iv_multiplier": 1.4},
+    "dte_bands": {"dte_bands": [{"name": "weekly", "min_dte": 3, "max_dte": 10, "iv_multiplier": 1.4}]}, "term_multipliers": {"term_multipliers": {7: 1.4}},
+    "use_regime_vrp": {"use_regime_vrp": True}, "rv_window_days": {"rv_window_days": 14}, "skew": {"skew": template_skew(enabled=False)},
+    "skew.min_dte": {"skew": template_skew(min_dte=8)}, "skew.max_dte": {"skew": template_skew(max_dte=5)},
+    "skew.anchor_ratios": {"skew": {"anchor_ratios": {0.25: 1.3}}}, "skew.anchor_ratios_by_side": {"skew": {"anchor_ratios_by_side": {"put": {0.25: 1.3}}}},
+    "skew.smile_ratios": {"skew": template_skew(smile_ratios={0.97: 1.6})},
+    "skew.call_premium_ratios": {"skew": template_skew(call_premium_ratios={"call": {0.25: 1.5}, "put": {0.25: 1.5}})},
+}
+
+
+@pytest.mark.parametrize("field", sorted(SURFACE_FIELDS))
+def test_every_surface_field_changes_a_chain(field):
+    assert {f.split(".")[0] for f in SURFACE_FIELDS} == set(VolSurface.model_fields)
+    regime = {"name": "r", "vol": 0.5, "vrp": 0.1, "skew_mode": "call_heavy" if "call_premium" in field else "put_heavy"}
+    def chain(**changes):
+        surface = VolSurface(**({"rv_window_days": 7, "iv_multiplier": 1.0, "skew": template_skew()} | changes))
+        config = SyntheticConfig(vol_surface=surface, spot_path={"start_spot": 90_000, "regimes": [regime]}, max_expiry_days=30)
+        return build_chain(SyntheticUniverse(config, days=2), "2025-10-02T12:00")["mark_iv"].to_numpy()
+    if field == "skew.min_dte":  # the universe tapers instead of the plain surface's gate
+        plain = [compute_synthetic_iv_with_skew(VolSurface(skew=template_skew(min_dte=m)), 0.5, 90_000, 80_000, 7)[()] for m in (3, 8)]
+        assert plain[0] != plain[1]
+    else:
+        assert np.abs(chain(**SURFACE_FIELDS[field]) - chain()).max() > 0.01
+
+
 PATH_FIELDS = {"drift": 2.0, "vol": 0.9, "weight": 9.0, "mean_duration": 500.0, "phi_iv": 0.9, "sigma_iv": 0.1, "phi_skew": 0.9, "sigma_skew": 0.1,
                "spot_iv_corr": -0.9, "iv_rv_beta": -0.9, "iv_multiplier": 2.0}
 
@@ -224,6 +252,41 @@ def test_written_harvest_is_whole(tmp_path):
     assert told["snapshots"] == len(store.find("BTC")) == 4
     assert store.read_batch(store.find("BTC")).failures == []
     assert store.read_history("BTC")["timestamp"].is_monotonic_increasing
+
+
+def test_from_a_simulated_harvest_to_regimes_and_back(tmp_path):
+    """Simulate, learn, write the config block, simulate that: the learned market has the levels of the first."""
+    regimes = [{**REGIMES[0], "iv_multiplier": 1.15, "sigma_iv": 0.005}, {**REGIMES[1], "iv_multiplier": 0.85, "sigma_iv": 0.005, "skew_scale": 1.5}]
+    moves = {"calm": {"calm": 0.997, "storm": 0.003}, "storm": {"calm": 0.006, "storm": 0.994}}
+    config = market(12, True, warmup_days=60, spot_path={"start_spot": 90_000, "regimes": regimes, "regime_transitions": moves})
+    simulate(config, days=75, every="6h", out=tmp_path / "a")
+    build = build_regimes({"data_dir": str(tmp_path / "a"), "features": "rv_7d,vrp_7d,skew_25d", "k": 2, "out": str(tmp_path / "model.json")})
+    assert RegimeModel.from_json(tmp_path / "model.json") == build.model
+    truth = SyntheticUniverse(config, days=75).path
+    times = pd.DatetimeIndex(build.sensors["time"]).as_unit("ns").asi8
+    real = truth.regime[np.searchsorted(truth.time_ns, times, side="right") - 1]
+    assert max((build.labels == real).mean(), (build.labels != real).mean()) > 0.6
+    assert build.model.regimes[0].iv_multiplier_by_band["weekly"] > build.model.regimes[1].iv_multiplier_by_band["weekly"]
+    block = write_yaml_block(build, tmp_path / "block.yaml")
+    assert "regime_transitions" in block
+    told = simulate(tmp_path / "block.yaml", days=2, every="6h", out=tmp_path / "b")
+    assert told["snapshots"] == 8
+    overall = yaml.safe_load(block)["vol_surface"]["iv_multiplier"]
+    assert 0.85 < overall < 1.15
+
+
+def test_a_calibration_by_regime_is_written_back(tmp_path):
+    regimes = [{**REGIMES[0], "iv_multiplier": 1.15, "sigma_iv": 0.0}, {**REGIMES[1], "iv_multiplier": 0.85, "sigma_iv": 0.0}]
+    config = market(3, True, warmup_days=60, spot_path={"start_spot": 90_000, "regimes": regimes, "regime_transitions": MOVES})
+    simulate(config, days=20, every="6h", out=tmp_path / "h")
+    build = build_regimes({"data_dir": str(tmp_path / "h"), "features": "rv_7d,vrp_7d", "k": 2, "out": str(tmp_path / "model.json")})
+    result = run_historical_calibration_from_harvest({
+        "underlying": "BTC", "source": "harvested", "min_dte": 3, "max_dte": 14, "max_samples": 0, "option_types": ["C", "P"],
+        "regimes": str(tmp_path / "model.json"), "harvest": {"data_root": str(tmp_path / "h")}})
+    found = {name: entry.multiplier for name, entry in result.environment_summary.items()}
+    calibrated_model = write_calibrated_regimes(build.model, result.environment_summary, tmp_path / "calibrated.json")
+    assert RegimeModel.from_json(tmp_path / "calibrated.json") == calibrated_model
+    assert {r.name: r.calibrated_iv_multiplier for r in calibrated_model.regimes} == pytest.approx(found)
 
 
 REAL = real_data_root()
