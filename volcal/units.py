@@ -77,14 +77,14 @@ def pct_to_decimal(
     """Percent to decimal."""
     return np.asarray(pct, dtype=np.float64) / 100.0
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #bfd6e1c2
 def decimal_to_pct(
     decimal: Any,  # decimal, 0.45
 ) -> Any:  # percent, 45.0
     """Decimal to percent."""
     return np.asarray(decimal, dtype=np.float64) * 100.0
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #87a77424
 def coin_to_usd(
     price_coin: Any,  # price in units of the underlying coin
     usd_per_coin: Any,  # index (or forward) in USD
@@ -92,7 +92,7 @@ def coin_to_usd(
     """Coin price to dollars."""
     return np.asarray(price_coin, dtype=np.float64) * np.asarray(usd_per_coin, dtype=np.float64)
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #49761fb9
 def usd_to_coin(
     price_usd: Any,  # price in USD
     usd_per_coin: Any,  # index (or forward) in USD
@@ -106,31 +106,31 @@ class VolcalError(Exception):
 
     code = "volcal_error"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #e691e0fb
 class ConfigError(VolcalError, ValueError):
     """A setting, parameter or argument that cannot be honoured."""
 
     code = "config"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #2ca4eeb4
 class InstrumentNameError(VolcalError, ValueError):
     """A text that is not a Deribit option name."""
 
     code = "instrument_name"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #11cb4655
 class SchemaError(VolcalError, ValueError):
     """A file or frame without the columns that its place requires."""
 
     code = "schema"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #aaeb369c
 class StoreError(VolcalError):
     """A snapshot store that cannot be read from or written to as asked."""
 
     code = "store"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #4b623b77
 class NoUsableDataError(VolcalError):
     """A window in which nothing can be calibrated."""
 
@@ -142,31 +142,31 @@ class PricingError(VolcalError, ValueError):
 
     code = "pricing"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #761dc037
 class FitError(VolcalError):
     """A fit that was asked for and cannot be made from this data."""
 
     code = "fit"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #34b65155
 class DeribitError(VolcalError):
     """An answer of the exchange that is an error, or not of the documented shape."""
 
     code = "deribit"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #e4495d8c
 class GuardrailError(VolcalError):
     """An attempt to apply what the guardrails forbid."""
 
     code = "guardrail"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #86b4d7b7
 class HistoryError(VolcalError):
     """A calibration history that cannot be read or written."""
 
     code = "history"
 
-
+# %% ../nbs/00_foundation/00_units.ipynb #a8f619d9
 class JobError(VolcalError):
     """A job that could not be started or left no result."""
 

@@ -28,7 +28,7 @@ def _bucket_kernel(value, edges, out):
                 number += 1
         out[i] = number
 
-
+# %% ../../nbs/30_calibration/33_buckets.ipynb #fb13c111
 def bucket_of(
     value: np.ndarray,  # (n,)
     edges: list[float],  # (m + 1,) ascending
@@ -38,7 +38,7 @@ def bucket_of(
     _bucket_kernel(np.ascontiguousarray(value, dtype=np.float64), np.asarray(edges, dtype=np.float64), out)
     return out
 
-
+# %% ../../nbs/30_calibration/33_buckets.ipynb #65be0b7e
 def bucket_names(
     prefix: str,  # "dte" or "abs_delta"
     edges: list[float],
@@ -124,7 +124,7 @@ def group_labels(
         out[:, column] = np.where(member, number + layout.start[name], -1)
     return out
 
-
+# %% ../../nbs/30_calibration/33_buckets.ipynb #b11fecc5
 def _selection(partition: str) -> str:
     """Which sample a partition counts."""
     if partition in ("dte", "delta", "joint"):

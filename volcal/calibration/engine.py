@@ -65,7 +65,7 @@ def _dataset_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
         "strike": frame["strike"].to_numpy(float), "t": t, "dte": t * DAYS_PER_YEAR, "sign": sign, "scale": price_scale(inverse, forward, t, 0.0),
     }
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #27e4416d
 def calibrate_iv_multiplier_from_dataset(
     rows: Any,  # frame or list of dicts with DATASET_COLUMNS; option_type, settlement and rv are read where present
     base: str = "mark_iv",  # "mark_iv" (must return 1.000) or "rv"
@@ -99,7 +99,7 @@ def recommended_surface(plan: Plan, fit: Fit, multiplier: float, bands: list[Ban
         ),
     )
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #bc7ce81f
 def surface_dict(surface: VolSurface) -> dict[str, Any]:
     """A surface as plain values with text keys, as results and configs hold it."""
     out = surface.model_dump(mode="json")
@@ -114,7 +114,7 @@ def surface_dict(surface: VolSurface) -> dict[str, Any]:
             out["skew"][name] = {side: {anchor_key(float(k)): v for k, v in table.items()} for side, table in out["skew"][name].items()}
     return out
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #4f2f6003
 def build_vol_surface_from_calibration(
     result: CalibrationResult,
     current: dict[str, Any] | VolSurface | None = None,  # surface whose other fields are kept
@@ -203,7 +203,7 @@ def _skew_block(skew: SkewSurface, config: CalibrationConfig, fitted: FittedSkew
         enabled=skew.enabled,
     )
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #1b9142ae
 def _misfit(recommended: SkewFit, current: SkewFit) -> SkewMisfit:
     """Recommended minus current ratio at each anchor, pooled and by side."""
     pairs = {k: (recommended.anchor_ratios.get(k), current.anchor_ratios.get(k)) for k in recommended.anchor_ratios}
@@ -270,7 +270,7 @@ class Source:
     events: Counter = field(default_factory=Counter)
     notes: tuple[str, ...] = ()
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #0ffe5d1f
 def _versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     from importlib.metadata import version
@@ -331,7 +331,7 @@ class Verdict:
     surface: VolSurface  # recommended; the configured one where there is no multiplier
     rows: pd.DataFrame  # sample of pass 2
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #6ffdbfe2
 def reach_verdict(
     sums: Sums,
     plan: Plan,
@@ -463,7 +463,7 @@ def _nothing_left(plan: Plan, sums: Sums, events: Counter) -> str:
         f"what became of the rows: {told or 'there were none'}; widen the window, the DTE range or the filters"
     )
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #44b003d6
 def _surface_diff(surface: VolSurface, plan: Plan, bands: list[BandResult], found: SkewFit | None, current: SkewFit) -> VolSurfaceDiff:
     """Recommended minus configured."""
     return VolSurfaceDiff(
@@ -474,7 +474,7 @@ def _surface_diff(surface: VolSurface, plan: Plan, bands: list[BandResult], foun
         },
     )
 
-
+# %% ../../nbs/30_calibration/36_engine.ipynb #60e35038
 def _reproducibility(config: CalibrationConfig, source: Source) -> Reproducibility:
     return Reproducibility(
         config=config.model_dump(mode="json"),

@@ -37,7 +37,7 @@ def liquidity_filter(
         first[failed & (first < 0)] = number
     return first < 0, first, tuple(rules)
 
-
+# %% ../../nbs/30_calibration/31_filters.ipynb #d60fbb04
 def count_by_rule(
     first: np.ndarray,  # (n,) index of the first rule failed, -1 if none
     among: np.ndarray,  # (n,) rows that are asked about
@@ -80,7 +80,7 @@ def _ranks(sorted_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sizes = np.diff(np.r_[starts, sorted_group.size])
     return np.arange(sorted_group.size) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
 
-
+# %% ../../nbs/30_calibration/31_filters.ipynb #daca82ae
 def stratified_sample(
     keep: np.ndarray,  # (n,) rows to sample from
     snapshot: np.ndarray,  # (n,) int snapshot of each row

@@ -141,7 +141,7 @@ def _believable(frame: pd.DataFrame, refs: list[SnapshotRef]) -> pd.DataFrame:
     off = (np.abs(times.array.asi8 - named) > CLOCK_TOLERANCE_MINUTES * 60e9) & times.notna().to_numpy()
     return frame[~off] if off.any() else frame
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #79695a8d
 def day_chain(
     task: DayTask,
     batch: RawBatch,
@@ -188,7 +188,7 @@ def map_days(
             coming = ahead.submit(read_day, tasks[number + 1]) if number + 1 < len(tasks) else None
             yield day_result(task, batch)
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #b0b7f92e
 def split_days(
     refs: list[SnapshotRef],
     root: str,
@@ -273,7 +273,7 @@ def window_regimes(
     labels[place[place >= 0]] = model.predict(table.frame)[place >= 0]
     return model, labels
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #69b1429c
 def _regime_notes(model: RegimeModel, labels: np.ndarray, refs: list[SnapshotRef]) -> list[str]:
     """What a reader of the environment must know of its labels."""
     notes = [] if (labels >= 0).all() else [f"{int((labels < 0).sum())} of {len(labels)} snapshots lack a feature of the regime model and have no regime"]
@@ -327,21 +327,21 @@ def _require_readable(failures: list[SchemaFailure], refs: list[SnapshotRef]) ->
             "check the folder and its harvester"
         )
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #6fe4c7e2
 def _rv_fields(config: CalibrationConfig, series: PriceSeries | None, basis: RealizedVol | None, known: np.ndarray) -> dict[str, Any]:
     """Source and relative standard error of RV, the error of the last trusted snapshot."""
     if series is None or basis is None or not known.any():
         return {"rv_source": f"default_iv = {config.default_iv:g}", "rv_stderr": None, "rv_trusted": False}
     return {"rv_source": series.source, "rv_stderr": float(basis.stderr[np.flatnonzero(known)[-1]]), "rv_trusted": True}
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #3c9d245e
 def _event_counts(known: np.ndarray, failures: list[SchemaFailure], series: PriceSeries | None) -> Counter:
     """What happened beside the rows: snapshots without a trusted RV, files that failed, prices left out."""
     served = 0 if known.any() else known.size
     prices = {f"prices_{name}": count for name, count in (series.counts if series is not None else {}).items() if name != "points"}
     return Counter({"snapshots_without_trusted_rv": int((~known).sum()), "default_iv_used": served, "schema_failures": len(failures), **prices})
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #49c2d885
 def _sensor_fields(
     store: Store,
     sums: Sums,
@@ -379,7 +379,7 @@ def _rv_note(config: CalibrationConfig, basis: RealizedVol | None, untrusted: in
         f"prices from {series.source}); {served}; {remedy}"
     )
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #e9979fba
 def _reduce(
     tasks: list[DayTask], executor: Executor | None, plan: Plan, boundary: pd.Timestamp | None, progress: Callable[[int, int], None] | None
 ) -> tuple[Sums, Sums | None, list[SchemaFailure]]:
@@ -404,7 +404,7 @@ def _quality_block(snapshots: pd.DataFrame, failures: list[SchemaFailure], harve
     start, end = harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time
     return assess_window(snapshots, failures, start, end, step=step, as_of=end)
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #876f4dfc
 def _degrade(
     quality: DataQuality,
     rv_missing: bool,  # default_iv stood in for RV
@@ -419,7 +419,7 @@ def _degrade(
         block["status"] = "degraded"
     return {**block, "issues": [*block["issues"], *issues]}
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #82169fb3
 def _own_issues(sums: Sums, series: PriceSeries | None) -> tuple[tuple[str, int, str], ...]:
     """What only the calibration can see: rows dated far from their file, and candles that are not of this market."""
     out = []

@@ -21,7 +21,7 @@ from ..market.pricing import norm_cdf_scalar
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skew_ratio_scalar, template_skew
 
 # %% auto #0
-__all__ = ['MULTIPLIER_BOUNDS', 'SVI_WING_WEIGHT', 'row_columns', 'measure', 'global_metrics', 'best_multiplier',
+__all__ = ['MULTIPLIER_BOUNDS', 'SHOWN_METRICS', 'SVI_WING_WEIGHT', 'row_columns', 'measure', 'global_metrics', 'best_multiplier',
            'levels_by_label', 'error_ladder']
 
 # %% ../../nbs/30_calibration/35c_ladder.ipynb #e6e7be01
@@ -34,7 +34,7 @@ def row_columns(
     """Sampled rows as arrays, as `surface_iv` and `add_errors` take them."""
     return {name: np.ascontiguousarray(rows[name].to_numpy()) for name in ROW_NUMBERS}
 
-
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #738eaba6
 def measure(
     c: dict[str, np.ndarray],  # rows
     iv: np.ndarray,  # (n,) synthetic IV
@@ -44,21 +44,18 @@ def measure(
     add_errors(c, iv, np.zeros((iv.size, 1), dtype=np.int32), sums)
     return metrics_from_sums(sums[0])
 
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #021693bc
+SHOWN_METRICS = (
+    "count", "mae_pct", "bias_pct", "vega_weighted_mae_pct", "mae_vol_points", "vega_weighted_mae_vol_points", "inside_bid_ask_pct",
+)  # fmt: skip
 
-def global_metrics(metrics: dict[str, float], multiplier: float | None = None) -> GlobalMetrics:
+
+def global_metrics(
+    metrics: dict[str, float],  # of `measure`
+    multiplier: float | None = None,  # to stand beside them
+) -> GlobalMetrics:
     """Metrics in the form of a result."""
-    shown = {
-        name: metrics[name]
-        for name in (
-            "count",
-            "mae_pct",
-            "bias_pct",
-            "vega_weighted_mae_pct",
-            "mae_vol_points",
-            "vega_weighted_mae_vol_points",
-            "inside_bid_ask_pct",
-        )
-    }
+    shown = {name: metrics[name] for name in SHOWN_METRICS}
     return GlobalMetrics(
         **shown, vega_sum=metrics["vega_over_forward_sum"], two_sided_count=metrics["two_sided"], recommended_iv_multiplier=multiplier
     )
@@ -98,7 +95,7 @@ def _ratio_kernel(call_delta, atm, mark_iv, t, in_window, deltas, ratios, out):
         else:
             out[i] = 1.0
 
-
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #1ba1127e
 def levels_by_label(
     c: dict[str, np.ndarray],  # rows
     label: np.ndarray,  # (n,) int from 0
@@ -198,14 +195,5 @@ def _term_nodes(c: dict[str, np.ndarray], skew: SkewSurface) -> dict[float, floa
 
 
 def _rung(c: dict[str, np.ndarray], name: str, label: str, iv: np.ndarray, parameters: int) -> LadderRung:
-    shown = (
-        "count",
-        "mae_pct",
-        "bias_pct",
-        "vega_weighted_mae_pct",
-        "mae_vol_points",
-        "vega_weighted_mae_vol_points",
-        "inside_bid_ask_pct",
-    )
     metrics = measure(c, iv)
-    return LadderRung(name=name, label=label, parameters=parameters, **{key: metrics[key] for key in shown})
+    return LadderRung(name=name, label=label, parameters=parameters, **{key: metrics[key] for key in SHOWN_METRICS})

@@ -25,7 +25,7 @@ def residual_kernel(mark, mark_iv, synthetic_iv, forward, strike, t, sign, scale
         pct_error[i] = (price[i] / mark[i] - 1.0) * 100.0
         iv_error[i] = synthetic_iv[i] - mark_iv[i]
 
-
+# %% ../../nbs/30_calibration/32_residuals.ipynb #379f6e5f
 def price_scale(
     inverse: np.ndarray,  # (n,) bool, settled in coin
     forward: np.ndarray,  # (n,) USD
@@ -35,7 +35,7 @@ def price_scale(
     """1/forward for inverse options, exp(-r t) for linear ones."""
     return np.where(inverse, 1.0 / forward, np.exp(-rate * t))
 
-
+# %% ../../nbs/30_calibration/32_residuals.ipynb #20f5bab9
 def residuals(
     mark: np.ndarray,  # (n,) native
     mark_iv: np.ndarray,  # (n,) decimal

@@ -128,7 +128,7 @@ def smile_position_scalar(c, c0):
         return 0.35 + (c - 0.35) / (c0 - 0.35) * 0.15
     return 0.5 + (c - c0) / (first_put - c0) * (first_put - 0.5)
 
-
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #048f92bd
 @njit(cache=True, nogil=True, error_model="numpy")
 def position_sums(labels, usable, in_window, always, call_delta, mark_iv, atm, t, vega, rv, numerator, denominator):
     """Add vega x mark IV by position, and vega x RV, to each group; rows outside the skew's days enter near the money only, at position 0.5."""

@@ -33,9 +33,9 @@ from ..vol.sensors import ExpiryGroups, chain_levels, expiry_groups
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, template_skew, term_multiplier
 
 # %% auto #0
-__all__ = ['SAMPLE_ROWS', 'ALL_KEYS', 'ROW_NUMBERS', 'configured_surface', 'Plan', 'make_plan', 'Sums', 'empty_sums', 'stacked',
-           'add_sums', 'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums',
-           'Fit', 'fit_sums', 'group_candidates']
+__all__ = ['SAMPLE_ROWS', 'ALL_KEYS', 'ROW_INPUTS', 'ROW_NUMBERS', 'configured_surface', 'Plan', 'make_plan', 'Sums',
+           'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of',
+           'add_errors', 'chain_sums', 'Fit', 'fit_sums', 'group_candidates']
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #362797c0
 SAMPLE_ROWS = 200_000
@@ -47,7 +47,7 @@ def configured_surface(config: CalibrationConfig) -> VolSurface:
     skew = template_skew(enabled=config.skew.enabled, min_dte=config.skew.min_dte, max_dte=config.skew.max_dte)
     return VolSurface(iv_multiplier=config.iv_multiplier, rv_window_days=config.rv_window_days, skew=skew)
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #e4e6b29b
 @dataclass(frozen=True)
 class Plan:
     """Everything that pass 1 needs beside the data."""
@@ -59,7 +59,7 @@ class Plan:
     row_threshold: np.uint64  # rows with a key up to this are kept for pass 2
     snapshot_threshold: np.uint64  # so are all rows of snapshots with a key up to this, for the error ladder
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #3204c538
 def make_plan(
     config: CalibrationConfig,
     expected_rows: int = 0,  # upper estimate of the rows in the window; 0 keeps all for pass 2
@@ -90,7 +90,7 @@ class Sums:
     timeline: list[pd.DataFrame] = field(default_factory=list)
     snapshots: list[pd.DataFrame] = field(default_factory=list)  # quality counts of the chain room
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #c8bb58f4
 def empty_sums(layout: GroupLayout) -> Sums:
     """Sums of nothing."""
     groups = layout.size
@@ -108,7 +108,7 @@ def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
     some = [part for part in parts if len(part)]
     return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #a66e2e59
 def add_sums(
     a: Sums,
     b: Sums,
@@ -131,7 +131,7 @@ def add_sums(
         a.snapshots + b.snapshots,
     )
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #ecaa866c
 def trim_sample(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with the smallest keys, and the snapshots with the smallest keys, about SAMPLE_ROWS of each; in their old order."""
     if len(rows) <= SAMPLE_ROWS:
@@ -172,7 +172,7 @@ def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | No
         out[f"band:{band.name}"] = (band.min_dte, band.max_dte, cap if band.max_samples is None else band.max_samples)
     return out
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #60798951
 def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row counts
     """Filter and sample a chain, counting every exclusion."""
     config, frame = plan.config, chain.frame
@@ -209,24 +209,16 @@ def _position(chain: Chain, frame: pd.DataFrame) -> np.ndarray:
     return np.searchsorted(chain.snapshots["snapshot"].to_numpy(), frame["snapshot"].to_numpy())
 
 
+ROW_INPUTS = (
+    "mark_price", "mark_iv", "forward", "strike", "t", "dte", "vega", "call_delta", "abs_delta", "best_bid_price", "best_ask_price",
+)  # fmt: skip
+
+
 def _columns(
     frame: pd.DataFrame, plan: Plan, group: np.ndarray, atm: np.ndarray, sign: np.ndarray, keys: np.ndarray
 ) -> dict[str, np.ndarray]:
     """The numbers of each row, as plain arrays for the compiled loops."""
-    names = (
-        "mark_price",
-        "mark_iv",
-        "forward",
-        "strike",
-        "t",
-        "dte",
-        "vega",
-        "call_delta",
-        "abs_delta",
-        "best_bid_price",
-        "best_ask_price",
-    )
-    out: dict[str, np.ndarray] = {name: np.ascontiguousarray(frame[name].to_numpy(), dtype=np.float64) for name in names}
+    out: dict[str, np.ndarray] = {name: np.ascontiguousarray(frame[name].to_numpy(), dtype=np.float64) for name in ROW_INPUTS}
     days = frame["expiry"].array.asi8 // 86_400_000_000_000
     inverse = np.asarray(frame["settlement"].array == "inverse")
     out |= {"group": group, "atm": atm, "sign": sign, "key": keys, "weekday": ((days + 3) % 7).astype(np.int64)}
@@ -251,7 +243,7 @@ def surface_iv(
     )
     return out
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #910e0018
 def errors_of(
     c: dict[str, np.ndarray],  # prepared rows
     iv: np.ndarray,  # (n,) synthetic IV
@@ -259,7 +251,7 @@ def errors_of(
     """Residuals of prepared rows."""
     return residuals(c["mark_price"], c["mark_iv"], iv, c["forward"], c["strike"], c["t"], c["sign"], c["scale"])
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #c94e8070
 def add_errors(
     c: dict[str, np.ndarray],  # prepared rows
     iv: np.ndarray,  # (n,) synthetic IV
@@ -319,31 +311,12 @@ def chain_sums(
     out.timeline = [_timeline(chain, ready, np.asarray(rv, dtype=np.float64))]
     return out
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #e6230d46
 def _skew_days(c: dict[str, np.ndarray], config: CalibrationConfig) -> np.ndarray:
     return (c["dte"] >= config.skew.min_dte) & (c["dte"] <= config.skew.max_dte)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #34b61397
-ROW_NUMBERS = (
-    "mark_price",
-    "mark_iv",
-    "forward",
-    "strike",
-    "t",
-    "dte",
-    "vega",
-    "call_delta",
-    "abs_delta",
-    "best_bid_price",
-    "best_ask_price",
-    "atm",
-    "rv",
-    "sign",
-    "scale",
-    "weekday",
-    "regime",
-    "in_window",
-)
+ROW_NUMBERS = (*ROW_INPUTS, "atm", "rv", "sign", "scale", "weekday", "regime", "in_window")
 
 
 def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, where: np.ndarray) -> pd.DataFrame:
@@ -384,14 +357,14 @@ class Fit:
     template: SkewSurface  # the skew that levels are relieved of: fitted, or configured
     levels: np.ndarray  # (groups,) vega-weighted multiplier
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #f2ecd961
 def fit_sums(sums: Sums, plan: Plan) -> Fit:
     """Skew and levels of every group."""
     found = fit_skew(sums.moments, [*plan.config.option_types]) if plan.config.fit_skew else None
     template = found.surface(plan.surface.skew) if found else plan.surface.skew
     return Fit(found, template, level_multipliers(sums.positions, sums.position_rv, template))
 
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #f526b8d3
 def group_candidates(
     sums: np.ndarray,  # (columns,) of one group
     level: float,  # its vega-weighted multiplier

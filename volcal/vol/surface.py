@@ -82,7 +82,7 @@ def template_skew(**changes: Any) -> SkewSurface:  # fields that replace the tem
     premium: dict[str, Any] = {"call": defaults.CALL_PREMIUM_ANCHORS_CALL, "put": defaults.CALL_PREMIUM_ANCHORS_PUT}
     return SkewSurface(**{"anchor_ratios_by_side": sides, "call_premium_ratios": premium, **changes})
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #03ac60d5
 class VolSurface(BaseModel):
     """Realized volatility x multiplier x skew, with its term structure."""
 
@@ -193,7 +193,7 @@ def _node(j, calls, puts, c0, deltas, ratios):
     n = j if j < calls else puts + j - calls - 1
     return deltas[n], ratios[n]
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #aed6c3c0
 @njit(cache=True, nogil=True, error_model="numpy")
 def _segment_root(level, k, root_t, c, r, slope, low, high):
     """IV between `low` and `high` that solves iv = level x (r + slope x (call delta - c))."""
@@ -266,12 +266,12 @@ def set_applied_surface(
     else:
         _APPLIED[asset] = VolSurface.model_validate(surface)
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #a87db22a
 def applied_surface(underlying: str) -> VolSurface | None:
     """The surface in use for an asset, where one was applied."""
     return _APPLIED.get(underlying.strip().upper())
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #d229e3d3
 def surface_in_use(
     surface: VolSurface,  # as configured
     underlying: str | None,  # None reads no applied surface
@@ -299,7 +299,7 @@ def regime_multiplier(
         out = np.where(np.isfinite(inside), inside, out)
     return out
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #4bfeebf2
 def effective_multiplier(
     surface: VolSurface,
     dte: Any,  # (n,) days to expiry
@@ -398,7 +398,7 @@ def _ratio_rows(c, c0, deltas, ratios, out):
     for i in range(out.size):
         out[i] = skew_ratio_scalar(c[i], c0[i], deltas, ratios)[0]
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #271ecd91
 def get_regime_aware_iv_for_delta(
     surface: VolSurface,
     rv: Any,  # (n,) or one realized volatility, decimal
@@ -422,7 +422,7 @@ def get_regime_aware_iv_for_delta(
     _ratio_rows(np.where(d > 0, d, 1.0 + d).ravel(), c0, *nodes, out)
     return np.where(inside, level * out.reshape(level.shape), level)
 
-
+# %% ../../nbs/20_vol/25_surface.ipynb #9b99cdf8
 def _active(regime: RegimeParams | RegimeState | None, model: RegimeModel | None) -> tuple[RegimeState | None, RegimeParams | None]:
     """The state, if one was given, and its parameters."""
     if not isinstance(regime, RegimeState):
