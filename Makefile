@@ -73,6 +73,8 @@ pytest: $(STAMP)
 	if [ -z "$${VOLCAL_TEST_DATABASE_URL:-}" ]; then \
 	  echo "!! no PostgreSQL answers on 127.0.0.1:5432 and VOLCAL_TEST_DATABASE_URL is unset: the PostgreSQL tests are SKIPPED"; \
 	else echo "PostgreSQL tests run"; fi; \
+	if command -v chromium chromium-browser google-chrome >/dev/null 2>&1; then echo "browser tests run"; \
+	else echo "!! no Chromium is installed: the browser tests are SKIPPED; on Debian or Ubuntu: apt-get install chromium"; fi; \
 	$(BIN)/python -m pytest tests
 
 notebooks: $(STAMP) ## execute every notebook in place and clean it
