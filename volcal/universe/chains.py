@@ -140,13 +140,13 @@ class QuoteModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     half_spread_vol_points: dict[float, float] = Field(
-        default_factory=lambda: {0.01: 3.0, 0.05: 1.6, 0.10: 1.1, 0.25: 0.7, 0.50: 0.6},
-        description="half the bid-ask spread at the out-of-the-money |delta|, vol points, for a month to expiry")
+        default_factory=lambda: {0.01: 1.0, 0.05: 0.5, 0.10: 0.35, 0.25: 0.25, 0.50: 0.25},
+        description="half the bid-ask spread at the out-of-the-money |delta|, vol points, for a month to expiry, before ticks")
     short_dte_power: float = Field(0.35, ge=0, description="spreads grow by (30 / dte) to this power below 30 days")
-    in_the_money_factor: float = Field(1.8, ge=1, description="how much wider the in-the-money option of a strike is quoted")
+    in_the_money_factor: float = Field(4.0, ge=1, description="how much wider the in-the-money option of a strike is quoted")
     no_bid_share: float = Field(0.03, ge=0, le=1, description="share of options below 5 delta without a bid beside those below a tick")
     open_interest_median: float = Field(120.0, gt=0, description="median open interest of an option, contracts")
-    open_interest_sigma: float = Field(1.4, ge=0, description="standard deviation of its logarithm")
+    open_interest_sigma: float = Field(2.0, ge=0, description="standard deviation of its logarithm")
 
 # %% ../../nbs/40_universe/42_chains.ipynb #23f7dd62
 def tick_size(
@@ -489,7 +489,8 @@ def learn_quotes(
     inverse = settlement_of(asset) == "inverse"
     tick = tick_size(frame["mark_price"], settlement_of(asset), float(frame["forward"].iloc[0]))
     width = 0.5 * (frame["best_ask_price"] - frame["best_bid_price"] - tick).to_numpy()
-    half = np.maximum(width, 0.1 * tick) / (frame["vega"] / (frame["forward"] if inverse else 1.0)).to_numpy()
+    vega = (frame["vega"] / (frame["forward"] if inverse else 1.0)).to_numpy()
+    half = np.maximum(width, 0.1 * tick) / np.where(vega > 1e-12, vega, np.nan)
     call_delta = frame["call_delta"].to_numpy(dtype=np.float64)
     otm = np.minimum(call_delta, 1.0 - call_delta)
     out_of_money = ((frame["option_type"] == "C") == (frame["strike"] >= frame["forward"])).to_numpy()
