@@ -49,7 +49,7 @@ export-check: $(STAMP)
 clean-check: $(STAMP)
 	@echo "== nbdev_clean leaves no diff"
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
-	cp -R nbs "$$tmp/before"; $(BIN)/nbdev_clean; \
+	cp -RL nbs "$$tmp/before"; $(BIN)/nbdev_clean; \
 	diff -r -q -x .ipynb_checkpoints -x __pycache__ "$$tmp/before" nbs || { echo "notebooks were not clean: commit what nbdev_clean just wrote"; exit 1; }
 
 lint: $(STAMP)
