@@ -317,7 +317,7 @@ def result_of(
         try:
             return result_from_json(saved)
         except (VolcalError, OSError) as error:
-            log.warning("result %s cannot be read, the row serves: %s", saved, error)
+            log.info("result %s cannot be read, the row serves: %s", saved, error)
     kept = {name: value for name, value in entry.details.items() if name in DETAIL_PARTS}
     return CalibrationResult(underlying=entry.underlying, source=entry.source, min_dte=entry.dte_min, max_dte=entry.dte_max, status=entry.status,
                              reason=entry.reason, recommended_iv_multiplier=entry.multiplier, count=entry.num_samples, mae_pct=entry.mae_pct, **kept)
@@ -512,8 +512,8 @@ class CalibrationPanel(widgets.VBox):
         background: bool = True,  # False: buttons return when they are done
     ) -> None:
         super().__init__()
-        self.places, self.background, self.drawn_for = Places(data_dir or default_data_dir(), db, report_dir), background, None
-        self._busy = threading.Lock()
+        self.places, self.background = Places(data_dir or default_data_dir(), db, report_dir), background
+        self._busy, self._turn = threading.Lock(), threading.RLock()
         self.fields = _form(_assets(self.places.data_dir, db), underlying.upper())
         self.parts = {name: widgets.HTML() for name in PARTS}
         _lay_out(self)
@@ -525,18 +525,25 @@ class CalibrationPanel(widgets.VBox):
         """Read everything anew."""
         _told(self, "run_note", lambda: _refresh(self))
 
-    def work(self, task: Callable[[], None]) -> None:
-        """Do something with every button disabled; in a thread, unless the panel is told to wait."""
-        if not self._busy.acquire(blocking=False):
+    def work(
+        self,
+        task: Callable[[], None],
+        action: bool = True,  # a button's: the buttons wait for its end
+    ) -> None:
+        """Do one thing after the other, in a thread unless the panel is told to wait; of two actions at once the second is dropped."""
+        if action and not self._busy.acquire(blocking=False):
             return
-        _enable(self, False)
+        if action:
+            _enable(self, False)
 
         def guarded() -> None:
             try:
-                _told(self, "run_note", task)
+                with self._turn:
+                    _told(self, "run_note", task)
             finally:
-                self._busy.release()
-                _enable(self, True)
+                if action:
+                    self._busy.release()
+                    _enable(self, True)
 
         threading.Thread(target=guarded, daemon=True).start() if self.background else guarded()
 
@@ -657,7 +664,7 @@ def _chosen(panel: CalibrationPanel, name: str) -> None:
         _set_as_of(panel)
     panel.parts["use_note"].value = panel.parts["run_note"].value = ""
     panel.refresh()
-    panel.work(lambda: _draw(panel, None))
+    panel.work(lambda: _draw(panel, None), action=False)
 
 # %% ../../nbs/50_ops/54_panel.ipynb #f66bdefe
 def _parameters(panel: CalibrationPanel) -> AutoCalibrateParameters:

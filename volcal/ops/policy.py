@@ -38,7 +38,7 @@ __all__ = ['APPLIED_VERSION', 'APPLIED', 'policy_thresholds', 'ewma', 'market_da
            'LevelChange', 'PolicyDecision', 'level_changes', 'vega_sum_of', 'decide', 'AppliedState',
            'NothingToApplyError', 'applied_connection', 'list_applied', 'current_applied', 'surface_to_apply',
            'decision_on', 'apply_run', 'revert_applied', 'load_applied', 'MultiplierInForce', 'multipliers_in_force',
-           'UseLatest', 'use_latest']
+           'UseLatest', 'latest_usable', 'use_latest']
 
 # %% ../../nbs/50_ops/51_policy.ipynb #8af5c646
 _LOG = logging.getLogger("volcal.ops.policy")
@@ -535,14 +535,21 @@ class UseLatest(_Part):
         return f"{self.underlying}, {self.dte_min:g} to {self.dte_max:g} days: multiplier {self.multiplier:.3f} of run {self.run_id} is {how}."
 
 # %% ../../nbs/50_ops/51_policy.ipynb #45ceaeff
-def _latest_usable(asset: str, dte_min: float, dte_max: float, url: str | None) -> tuple[CalibrationHistoryEntry, str | None]:
-    """The newest run that may be used by hand, and a word on newer ones that may not."""
+def latest_usable(
+    underlying: str,
+    dte_min: float | None = None,  # None = of any range
+    dte_max: float | None = None,
+    url: str | None = None,
+) -> tuple[CalibrationHistoryEntry, str | None]:  # the run; a word on newer ones that were passed over
+    """The newest run that may be used by hand. Raises `NothingToApplyError` where there is none."""
+    asset = underlying.strip().upper()
     found = find_calibrations(asset, dte_min, dte_max, url=url)
     usable = next((one for one in found if entry_verdict(one)[0] in ("ok", "degraded")), None)
     if usable is None:
         verdict = "failed" if found and found[0].status else "has no status"
         what = f"its newest run, {found[0].id}, {verdict} ({found[0].reason or 'no reason'})" if found else "it has no run"
-        raise NothingToApplyError(f"nothing to apply to {asset}, {dte_min:g} to {dte_max:g} days: {what}; run a calibration of this range first")
+        span = "" if dte_min is None or dte_max is None else f", {dte_min:g} to {dte_max:g} days"
+        raise NothingToApplyError(f"nothing to apply to {asset}{span}: {what}; run a calibration of this range first")
     passed = found.index(usable)
     return usable, f"{passed} newer run{'s' if passed > 1 else ''} failed and {'were' if passed > 1 else 'was'} passed over" if passed else None
 
@@ -557,7 +564,7 @@ def use_latest(
 ) -> UseLatest:
     """Use the latest recommended multiplier of a range. Raises `NothingToApplyError` where there is no usable run."""
     asset = underlying.strip().upper()
-    entry, passed = _latest_usable(asset, dte_min, dte_max, url)
+    entry, passed = latest_usable(asset, dte_min, dte_max, url)
     status, reason = entry_verdict(entry)
     warning = require_applicable(status, reason, by_hand=True)
     assert entry.multiplier is not None and entry.created_at is not None
