@@ -237,23 +237,29 @@ def _why(levels: Sequence[LevelChange], short: list[str], limits: dict[str, floa
 
 # %% ../../nbs/50_ops/51_policy.ipynb #06ee7f5f
 APPLIED_VERSION = 1
-APPLIED = sa.Table(
-    "applied_surface", METADATA,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("at", UtcColumn, nullable=False),
-    sa.Column("underlying", sa.String(32), nullable=False, index=True),
-    sa.Column("action", sa.String(16), nullable=False),
-    sa.Column("by", sa.String(200), nullable=False),
-    sa.Column("run_id", sa.Integer),
-    sa.Column("dte_min", sa.Double),
-    sa.Column("dte_max", sa.Double),
-    sa.Column("multiplier", sa.Double),
-    sa.Column("surface", sa.JSON(none_as_null=True)),
-    sa.Column("reason", sa.Text),
-    sa.Column("details", sa.JSON(none_as_null=True)),
-    sa.Column("before", sa.Integer),
-    sqlite_autoincrement=True,
-)
+def _applied_table() -> sa.Table:
+    """The table of what was applied, once per process however often this module is loaded."""
+    known = METADATA.tables.get("applied_surface")
+    return known if known is not None else sa.Table(
+        "applied_surface", METADATA,
+        sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+        sa.Column("at", UtcColumn, nullable=False),
+        sa.Column("underlying", sa.String(32), nullable=False, index=True),
+        sa.Column("action", sa.String(16), nullable=False),
+        sa.Column("by", sa.String(200), nullable=False),
+        sa.Column("run_id", sa.Integer),
+        sa.Column("dte_min", sa.Double),
+        sa.Column("dte_max", sa.Double),
+        sa.Column("multiplier", sa.Double),
+        sa.Column("surface", sa.JSON(none_as_null=True)),
+        sa.Column("reason", sa.Text),
+        sa.Column("details", sa.JSON(none_as_null=True)),
+        sa.Column("before", sa.Integer),
+        sqlite_autoincrement=True,
+    )
+
+
+APPLIED = _applied_table()
 
 # %% ../../nbs/50_ops/51_policy.ipynb #bda28747
 class AppliedState(_Part):
