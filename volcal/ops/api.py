@@ -20,6 +20,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Req
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from .. import __version__
 from ..market.store import Store
@@ -47,8 +48,8 @@ from ..vol.overrides import active_iv_multiplier_overrides
 __all__ = ['log', 'AssetName', 'Days', 'BodyDays', 'BodyInt', 'Limit', 'AssetQuery', 'DteMin', 'DteMax', 'Used', 'router',
            'UseLatestBody', 'RunBody', 'HistoryRow', 'HistoryReply', 'history_row', 'OverrideRow', 'OverridesReply',
            'PolicyReply', 'MultipliersReply', 'AutoStatusReply', 'RunReply', 'Problem', 'Service', 'check_binding',
-           'service_of', 'refuse', 'history', 'overrides', 'current_multipliers', 'policy', 'auto_status',
-           'post_use_latest', 'post_run_with_policy', 'create_app', 'serve']
+           'service_of', 'refuse', 'refuse_http', 'history', 'overrides', 'current_multipliers', 'policy',
+           'auto_status', 'post_use_latest', 'post_run_with_policy', 'create_app', 'serve']
 
 # %% ../../nbs/50_ops/55_api.ipynb #8c50b0f8
 log = logging.getLogger("volcal.api")
@@ -239,7 +240,7 @@ Used = Annotated[Service, Depends(service_of)]
 _STATUS: tuple[tuple[type[VolcalError], int], ...] = ((HistoryError, 503), (JobError, 409))
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "there is nothing to do, or it must not be done; the message says why"},
-    401: {"description": "the token is missing or wrong"},
+    401: {"model": Problem, "description": "the token is missing or wrong"},
     409: {"model": Problem, "description": "another run of this underlying is going on"},
     503: {"model": Problem, "description": "the history cannot be reached"},
 }
@@ -250,6 +251,12 @@ def refuse(_request: Request, error: Exception) -> JSONResponse:
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), 400)
     log.warning("refused status=%s code=%s %s", status, getattr(error, "code", ""), error)
     return JSONResponse({"code": getattr(error, "code", "error"), "detail": str(error)}, status)
+
+
+def refuse_http(_request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses (a body that is no JSON, a wrong token, a wrong method), in the same form."""
+    assert isinstance(error, StarletteHTTPException)
+    return JSONResponse({"code": f"http_{error.status_code}", "detail": str(error.detail)}, error.status_code, error.headers)
 
 # %% ../../nbs/50_ops/55_api.ipynb #0699706d
 router = APIRouter(prefix="/api/calibration", tags=["calibration"], responses=_REFUSALS)
@@ -348,6 +355,7 @@ def create_app(
     app.state.service = service = Service(db, data_dir, report_dir, token or os.environ.get("VOLCAL_API_TOKEN") or None, job)
     app.include_router(router, dependencies=[Depends(_BEARER)] if service.token else [])
     app.add_exception_handler(VolcalError, refuse)
+    app.add_exception_handler(StarletteHTTPException, refuse_http)
     return app
 
 # %% ../../nbs/50_ops/55_api.ipynb #bce98ce0
