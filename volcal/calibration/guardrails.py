@@ -52,7 +52,9 @@ def quality_status(
     if word not in STATUSES:
         return "failed", f"data quality is {word!r}, which is none of {', '.join(STATUSES)}; assess the data first"
     issues = [] if plain else list(_field(data_quality, "issues") or [])
-    told = "; ".join(str(_field(issue, "sentence") or issue) for issue in issues[:3]) if word != "ok" else ""
+    weighty = [issue for issue in issues if str(_field(issue, "severity") or "degraded") != "note"]
+    weighty.sort(key=lambda issue: str(_field(issue, "severity")) != "failed")
+    told = "; ".join(str(_field(issue, "sentence") or issue) for issue in weighty) if word != "ok" else ""
     return word, f"data quality is {word}" + (f" ({told})" if told else "")
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #2f666805

@@ -190,6 +190,10 @@ def _diagnose(price: float, f: float, k: float, t: float, sign: float) -> tuple[
     if t <= 0.0:
         return EXPIRED, math.nan
     value = _time_value(price, f, k, sign)
+    if price <= max(sign * (f - k), 0.0):
+        return BELOW, value
+    if price >= (f if sign > 0.0 else k):
+        return ABOVE, value
     if value <= (RESOLUTION * price if sign * (f - k) > 0.0 else 0.0):
         return BELOW, value
     return (ABOVE if min(f, k) - value <= RESOLUTION * price else OK), value
