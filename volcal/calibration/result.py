@@ -476,10 +476,12 @@ def result_summary(
         f"RV {_shown(None if r.rv_annualized is None else r.rv_annualized * 100, 1, ' %')} from {r.rv_source or '-'}, "
         f"ATM IV {_shown(None if r.atm_iv is None else r.atm_iv * 100, 1, ' %')}",
     ]
-    parts: list[tuple[str, Metrics | None]] = [("surface now", r.global_metrics), ("recommended", r.recommended_metrics)]
+    now = None if r.global_metrics is None else r.global_metrics.model_copy(update={"recommended_iv_multiplier": r.iv_multiplier})
+    parts: list[tuple[str, Metrics | None]] = [("surface now", now), ("recommended", r.recommended_metrics)]
     parts += [("out of sample", r.out_of_sample_metrics)]
-    parts += [(f"{band.name} {band.min_dte:g}-{band.max_dte:g} d", band) for band in r.bands]
+    parts += [(f"now, {band.name} {band.min_dte:g}-{band.max_dte:g} d *", band) for band in r.bands]
     parts += [(f"ladder: {rung.name}", rung) for rung in r.error_ladder]
     table = [_METRICS_HEAD] + [_metrics_line(name, part) for name, part in parts if part is not None]
     verdict = [f"status {r.status.upper()}: {r.reason}"] if r.status else []
-    return "\n".join(head + table + verdict)
+    told = ["* errors of the surface now; the multiplier is the band's own fit"] if r.bands else []
+    return "\n".join(head + table + told + verdict)

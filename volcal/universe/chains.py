@@ -19,6 +19,7 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..calibration.config import load_mapping
+from ..market.harvester import parse_interval
 from ..market.chain import normalize_chain
 from ..market.implied import implied_vol
 from ..market.instruments import MONTHS, settlement_of
@@ -33,8 +34,8 @@ from ..vol.surface import VolSurface, get_synthetic_iv, regime_skew_nodes, skewe
 log = logging.getLogger("volcal.chains")
 
 # %% auto #0
-__all__ = ['log', 'KINDS', 'LISTED_DAYS', 'GRIDS', 'SAMPLE_DAYS', 'SAMPLE_SEED', 'last_friday', 'expiry_calendar', 'round_step',
-           'strike_grid', 'floored_iv_kernel', 'skew_taper', 'QuoteModel', 'tick_size', 'hashed_uniform',
+__all__ = ['log', 'KINDS', 'LISTED_DAYS', 'GRIDS', 'MAX_DAYS', 'SAMPLE_DAYS', 'SAMPLE_SEED', 'last_friday', 'expiry_calendar',
+           'round_step', 'strike_grid', 'floored_iv_kernel', 'skew_taper', 'QuoteModel', 'tick_size', 'hashed_uniform',
            'SyntheticConfig', 'load_synthetic_config', 'SyntheticUniverse', 'forward_curve', 'surface_state',
            'quote_rows', 'open_interest', 'instrument_names', 'Listing', 'listing', 'build_chain', 'write_universe',
            'simulate', 'learn_quotes', 'arbitrage_report', 'sample_config', 'sample_universe', 'sample_truth',
@@ -439,7 +440,7 @@ def write_universe(
     store, asset = Store(str(root)), universe.config.asset
     start = pd.Timestamp(universe.start_ns, tz="UTC")
     end = pd.Timestamp(universe.path.time_ns[-1], tz="UTC") if days is None else start + pd.Timedelta(days=days)
-    times = list(pd.date_range(start, end, freq=every, inclusive="left"))
+    times = list(pd.date_range(start, end, freq=parse_interval(every), inclusive="left"))
     if not times:
         raise ConfigError(f"no snapshot lies between {start} and {end} every {every}, so nothing was written; simulate more days")
     for number, time in enumerate(times):
@@ -454,6 +455,9 @@ def write_universe(
     return times
 
 # %% ../../nbs/40_universe/42_chains.ipynb #a9afc7dd
+MAX_DAYS = 3_660.0
+
+
 def simulate(
     config: SyntheticConfig | dict[str, Any] | str | FilePath,  # a config, a dict, or the path of a YAML or JSON file
     days: float,  # how long
@@ -463,8 +467,11 @@ def simulate(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:  # what was written
     """Simulate a market and write it as a harvest. Raises `ConfigError` or `StoreError`."""
-    if not days > 0:
-        raise ConfigError(f"days is {days}, so there is nothing to simulate; give a positive number")
+    if not 0 < days <= MAX_DAYS:
+        raise ConfigError(f"days is {days:g}, so nothing was simulated; give a positive number up to {MAX_DAYS:g}")
+    if seed is not None and seed < 0:
+        raise ConfigError(f"seed is {seed}, and seeds start at 0, so nothing was simulated; give 0 or more")
+    parse_interval(every)
     loaded = load_synthetic_config(config)
     universe = SyntheticUniverse(loaded if seed is None else loaded.model_copy(update={"seed": seed}), days)
     times = write_universe(universe, out, every, progress=progress)
