@@ -20,7 +20,7 @@ from ..calibration.config import Asset, ConfigPart, UtcTime
 from ..market.chain import normalize_chain
 from ..market.quality import DataQuality, DataQualityStatus, assess_window
 from ..market.store import SnapshotRef, Store, group_by_day, select_snapshots
-from ..units import ConfigError, NoUsableDataError, VolcalError, epoch_ns, to_utc
+from ..units import ConfigError, FitError, NoUsableDataError, VolcalError, epoch_ns, to_utc
 from .chains import SyntheticConfig, arbitrage_report, load_synthetic_config
 from volcal.universe.judge import (
     Judge, Null, Reading, Standing, comparable_sensors, diagnose, market_standing, model_null, pair_score, readings, standing,
@@ -38,7 +38,7 @@ log = logging.getLogger("volcal.realism")
 # %% auto #0
 __all__ = ['log', 'WARMUP_DAYS', 'FIT_SHARE', 'ARBITRAGE_SNAPSHOTS', 'RealismResult', 'realism_summary', 'Effort', 'judge_sides',
            'RealismParameters', 'Harvest', 'harvest_quality', 'load_harvest', 'require_same_asset', 'chosen_config',
-           'arbitrage_rate', 'arbitrage_reading', 'verdict', 'realism_check', 'refused']
+           'arbitrage_rate', 'arbitrage_reading', 'verdict', 'baseline_runs', 'realism_check', 'refused']
 
 # %% ../../nbs/40_universe/43_realism.ipynb #a8000332
 @dataclass(frozen=True)
@@ -341,6 +341,22 @@ def _simulator(config: SyntheticConfig, clock: Clock) -> Callable[[int], pd.Data
     return lambda seed: quick_twin(config, clock, seed)
 
 # %% ../../nbs/40_universe/43_realism.ipynb #602cd652
+def baseline_runs(
+    fit_on: pd.DataFrame,  # rows that baselines learn from
+    market: pd.DataFrame,  # judged rows
+    clock: Clock,
+    seed: int,
+) -> tuple[dict[str, Callable[[int], pd.DataFrame]], list[str]]:  # simulators; why any is missing
+    """Markets to beat; only noise where the rows are too few to fit on."""
+    runs: dict[str, Callable[[int], pd.DataFrame]] = {}
+    notes: list[str] = []
+    try:
+        runs = {n: _simulator(c, clock) for n, c in baseline_configs(fit_on, clock.asset, seed).items()}
+    except (FitError, ConfigError) as error:
+        notes.append(f"no baseline was fitted: {error}")
+    return {**runs, "white noise": lambda s: white_noise(fit_on, market, s)}, notes
+
+# %% ../../nbs/40_universe/43_realism.ipynb #bd53947b
 def realism_check(
     parameters: RealismParameters | dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,  # told (parts done, parts)
@@ -355,15 +371,14 @@ def realism_check(
     universe = twin_universe(config, clock, p.seed)
     levels, chains = twin_chains(universe, clock, [int(i) for i in keep], progress)
     synthetic = twin_sensors(levels, universe, clock)
+    comparable_sensors(market, synthetic)
     before = harvest.table.frame.iloc[: harvest.fit_rows].reset_index(drop=True) if harvest.fit_rows else None
-    fit_on = market if before is None else before
-    variants = {n: _simulator(c, clock) for n, c in baseline_configs(fit_on, p.underlying, p.seed).items()}
-    variants["white noise"] = lambda seed: white_noise(fit_on, market, seed)
+    variants, more = baseline_runs(market if before is None else before, market, clock, p.seed)
     parts = judge_sides(market, synthetic, _simulator(config, clock), variants, before, Effort(p.samples, p.pairs), p.seed, progress)
     parts["metrics"] = sorted(parts["metrics"] + _arbitrage(Store(p.data_dir), harvest, chains, p.seed), key=lambda r: -r.ratio)
     status, reasons = verdict(harvest, len(parts["sensors"]))
     return RealismResult(
-        p.underlying, status, "; ".join(reasons + notes) or "enough data, of good quality", start=clock.times[clock.first].isoformat(),
+        p.underlying, status, "; ".join(reasons + notes + more) or "enough data, of good quality", start=clock.times[clock.first].isoformat(),
         end=clock.times[-1].isoformat(), snapshots=len(market), data_quality=harvest.quality.to_dict(),
         reproducibility={"parameters": p.model_dump(mode="json"), "config": config.model_dump(mode="json"), "prices": clock.prices,
                          "fitted_on_rows": harvest.fit_rows, "seed": p.seed}, **parts)
