@@ -122,9 +122,9 @@ def free_port():
 
 
 def start(port, *, host="127.0.0.1", token=None, folder):
-    code = f"from volcal.ops.api import serve\nserve({host!r}, {port}, 'sqlite:///{folder}/h.db', {str(SAMPLE)!r}, {str(folder)!r})"
+    words = ["serve", "--host", host, "--port", str(port), "--db", f"sqlite:///{folder}/h.db", "--data-dir", str(SAMPLE), "--report-dir", str(folder)]
     env = {**os.environ, **({"VOLCAL_API_TOKEN": token} if token else {})}
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen([sys.executable, "-c", "from volcal.ops.cli import app\napp()", *words], stderr=subprocess.PIPE, text=True, env=env)
 
 
 @pytest.mark.parametrize("host,token", [("127.0.0.1", None), ("0.0.0.0", "0123456789abcdef")])

@@ -47,7 +47,8 @@ def test_help_loads_nothing_heavy(words):
 def test_help_lists_the_commands_and_exit_codes():
     code, out, _ = volcal("--help")
     assert code == 0
-    for command in ("auto-calibrate", "calibrate", "quality", "compact", "history", "update-vol-surface", "demo", "Exit codes"):
+    for command in ("auto-calibrate", "calibrate", "quality", "compact", "history", "update-vol-surface", "demo", "auto-calibrate-all",
+                    "apply", "panel", "serve", "Exit codes"):
         assert command in out
 
 
@@ -69,7 +70,8 @@ def test_calibrate_help_describes_every_field():
     (["auto-calibrate", "--dte-min", "10", "--dte-max", "3"], "swap"), (["auto-calibrate", "--as-of", "soon"], "ISO"),
     (["auto-calibrate", "--lookback-days", "0"], "lookback_days"), (["auto-calibrate", "--option-types", "X"], "option_types"),
     (["auto-calibrate", "--max-samples", "-1"], "max_samples"), (["auto-calibrate", "--max-samples", "some"], "max-samples"),
-    (["auto-calibrate", "--apply"], "policy"), (["auto-calibrate", "--lookback", "3"], "--lookback"), (["calibrate"], "CONFIG"),
+    (["auto-calibrate", "--apply", "--dry-run"], "recorded run"), (["auto-calibrate", "--lookback", "3"], "--lookback"), (["calibrate"], "CONFIG"),
+    (["apply"], "exactly one"), (["apply", "--latest", "--run", "3"], "exactly one"), (["auto-calibrate-all", "--underlyings", ","], "no underlying"),
     (["history", "--limit", "0"], "limit"), (["recalibrate"], "recalibrate"), (["compact", "BTC", "--day", "today"], "YYYY-MM-DD"),
 ])
 def test_usage_errors_exit_2_and_say_what_is_wrong(words, told):

@@ -22,8 +22,9 @@ from typer.core import TyperCommand, TyperGroup
 # %% auto #0
 __all__ = ['app', 'JsonFlag', 'DataDir', 'Database', 'ReportDir', 'ConfigPath', 'Assets', 'Exchange', 'HISTORY_HEAD', 'Exit',
            'status_exit', 'say', 'VolcalGroup', 'main', 'progress_bar', 'working', 'print_json', 'data_root',
-           'auto_calibrate_command', 'ConfigHelp', 'calibrate_command', 'quality_text', 'quality_command',
-           'compact_command', 'entry_line', 'status_line', 'harvest_command', 'backfill_command', 'replay_command',
+           'auto_calibrate_command', 'auto_calibrate_all_command', 'apply_command', 'panel_notebook', 'panel_command',
+           'serve_command', 'ConfigHelp', 'calibrate_command', 'quality_text', 'quality_command', 'compact_command',
+           'entry_line', 'status_line', 'harvest_command', 'backfill_command', 'replay_command',
            'build_regimes_command', 'simulate_command', 'history_line', 'history_command', 'update_vol_surface_command',
            'demo_data', 'demo_command']
 
@@ -167,14 +168,18 @@ def _parameters(given: dict[str, Any]) -> Any:
         raise typer.BadParameter("\n".join(getattr(error, "failures", [str(error)]))) from None
 
 
-def _show_run(run: Any, as_json: bool) -> None:
+def _show_run(run: Any, as_json: bool, policy: Any = None) -> None:
     """Summary or JSON, then problems, then the exit code."""
     from volcal.ops.jobs import job_summary
 
-    print_json(run.to_dict()) if as_json else typer.echo(job_summary(run))
-    for problem in run.problems:
+    whole = run if policy is None else policy
+    print_json(whole.to_dict()) if as_json else typer.echo(job_summary(run))
+    if policy is not None and policy.decision is not None and not as_json:
+        word = "applied" if policy.state else "would apply (--apply)" if policy.decision.action == "apply" else policy.decision.action
+        typer.echo(f"{'policy':<22}{word}: {policy.decision.reason}")
+    for problem in [*run.problems, *([policy.problem] if policy is not None and policy.problem else [])]:
         say(f"volcal: {problem}")
-    raise typer.Exit(run.exit_code)
+    raise typer.Exit(whole.exit_code)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #9c69f64b
 @app.command("auto-calibrate", short_help="The daily job: calibrate, report, record.")
@@ -209,19 +214,165 @@ def auto_calibrate_command(
         "data_dir": data_dir,
     }
     parameters = _parameters(given)
-    if apply:
-        raise typer.BadParameter(
-            "this version has no policy to decide what may be applied, so --apply is refused; run without it and use update-vol-surface"
-        )
-    from volcal.ops.jobs import AutoCalibration, auto_calibrate, run_auto_calibrate
-
+    if dry_run and apply:
+        raise typer.BadParameter("--dry-run records nothing and --apply needs a recorded run, so nothing was run; give one of them")
     if dry_run:
+        from volcal.ops.jobs import AutoCalibration, auto_calibrate
+
         with progress_bar("calibrating, days") as progress:
-            run = AutoCalibration(parameters, auto_calibrate(parameters, progress))
-    else:
-        with working(f"calibrating {parameters.underlying} and writing the report"):
-            run = run_auto_calibrate(parameters, report_dir, db)
-    _show_run(run, as_json)
+            _show_run(AutoCalibration(parameters, auto_calibrate(parameters, progress)), as_json)
+    from volcal.ops.schedule import run_with_policy
+
+    with working(f"calibrating {parameters.underlying} and writing the report"):
+        done = run_with_policy(parameters, report_dir, db, apply)
+    _show_run(done.run, as_json, done)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa02
+@app.command("auto-calibrate-all", short_help="The daily job for several underlyings.")
+def auto_calibrate_all_command(
+    underlyings: Annotated[str, typer.Option(help="Assets, separated by commas.")] = "BTC,ETH",
+    dte_min: Annotated[float, typer.Option(help="First day to expiry, inclusive.")] = 3,
+    dte_max: Annotated[float, typer.Option(help="Last day to expiry, inclusive.")] = 10,
+    lookback_days: Annotated[float, typer.Option(help="Length of the window, days.")] = 14,
+    max_samples: Annotated[int, typer.Option(help="Most options of the whole window; 0 = all.")] = 5000,
+    data_dir: DataDir = None,
+    as_of: Annotated[str | None, typer.Option(metavar="ISO", help="End of the window, UTC.  [default: now]")] = None,
+    option_types: Annotated[str, typer.Option(help="C, P or C,P.")] = "C",
+    db: Database = None,
+    report_dir: ReportDir = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Apply where guardrails and policy agree.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what was already recorded today.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run the daily job for each underlying, one line each; exit with the code of the worst."""
+    given = {"dte_min": dte_min, "dte_max": dte_max, "lookback_days": lookback_days, "max_samples": max_samples, "data_dir": data_dir,
+             "as_of": as_of, "option_types": option_types}
+    assets = [part.strip() for part in underlyings.split(",") if part.strip()]
+    checked = [_parameters({**given, "underlying": asset}) for asset in assets]
+    if not checked:
+        raise typer.BadParameter("no underlying was named, so nothing was run; write --underlyings BTC,ETH")
+    from volcal.ops.schedule import auto_calibrate_all, worst_exit
+
+    def tell(outcome: Any) -> None:
+        say(outcome.line) if as_json else typer.echo(outcome.line)
+
+    with working(f"calibrating {', '.join(assets)}"):
+        outcomes = auto_calibrate_all(assets, checked[0].model_dump(exclude={"underlying"}), report_dir, db, apply, resume, each=tell)
+    if as_json:
+        print_json([{"underlying": one.underlying, "exit_code": one.exit_code, "line": one.line,
+                     "run": None if one.result is None else one.result.to_dict()} for one in outcomes])
+    raise typer.Exit(worst_exit([one.exit_code for one in outcomes]))
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa06
+def _apply_told(decision: Any, state: Any, passed: str | None, as_json: bool) -> None:
+    """What came of it; exit 1 where nothing was applied, 3 where the run was degraded."""
+    if as_json:
+        print_json({"decision": decision.model_dump(mode="json"), "applied": None if state is None else state.model_dump(mode="json")})
+    elif state is not None:
+        typer.echo(f"{state.underlying}: applied run {state.run_id}, {decision.reason}")
+    for word in (decision.warning, passed):
+        say(f"volcal: warning: {word}") if word else None
+    if state is None:
+        say(f"volcal: {decision.reason}" + ("; --force skips thresholds" if decision.action == "hold" else ""))
+        raise typer.Exit(Exit.error)
+    raise typer.Exit(status_exit(decision.status))
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa07
+@app.command("apply", short_help="Apply a run, or take it back.")
+def apply_command(
+    latest: Annotated[bool, typer.Option("--latest", help="The newest run that is not failed.")] = False,
+    run: Annotated[int | None, typer.Option("--run", metavar="ID", help="A run of the history by its number.")] = None,
+    revert: Annotated[bool, typer.Option("--revert", help="Back to what was applied before.")] = False,
+    underlying: Annotated[str, typer.Option(help="Asset for --latest and --revert.")] = "BTC",
+    dte_min: Annotated[float | None, typer.Option(help="With --latest: first day to expiry of the run.  [default: any]")] = None,
+    dte_max: Annotated[float | None, typer.Option(help="With --latest: last day to expiry of the run.  [default: any]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Skip the thresholds of the policy, not the guardrails.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="The run's own multipliers, not smoothed.")] = False,
+    db: Database = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Apply a recorded run by hand, or revert the last change."""
+    if [latest, run is not None, revert].count(True) != 1:
+        raise typer.BadParameter("give exactly one of --latest, --run ID and --revert")
+    from volcal.ops.policy import apply_run, latest_usable, revert_applied
+
+    if revert:
+        restored = revert_applied(underlying, "command line", db)
+        print_json(restored.model_dump(mode="json")) if as_json else typer.echo(f"{restored.underlying}: {restored.reason}")
+        return
+    entry, passed = latest_usable(underlying, dte_min, dte_max, db) if latest else (run, None)
+    decision, state = apply_run(entry, "command line", by_hand=True, force=force, smooth=not exact, url=db)  # type: ignore[arg-type]
+    _apply_told(decision, state, passed, as_json)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa11
+def _needs(module: str, extra: str) -> None:
+    """Raises `ConfigError` saying what to install."""
+    import importlib.util
+
+    from volcal.units import ConfigError
+
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"this needs {module}, which is not installed, so nothing is served; pip install 'volcal[{extra}]'")
+
+
+def panel_notebook(
+    folder: Path,
+) -> Path:
+    """A notebook that shows the panel, with this folder's paths."""
+    import nbformat
+
+    lines = ("import os", f"os.chdir({os.getcwd()!r})", "from volcal.ops.panel import CalibrationPanel", "CalibrationPanel()")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    book.metadata.kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+    nbformat.write(book, folder / "volcal.ipynb")
+    return folder / "volcal.ipynb"
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa12
+@app.command("panel", short_help="Serve the calibration panel as a page.")
+def panel_command(
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8866,
+    data_dir: DataDir = None,
+    db: Database = None,
+    report_dir: ReportDir = None,
+) -> None:
+    """Serve the calibration panel on this machine until stopped."""
+    import subprocess
+    import tempfile
+
+    _needs("voila", "panel")
+    given = {"VOLCAL_DATA_ROOT": data_dir, "VOLCAL_DATABASE_URL": db, "VOLCAL_REPORT_DIR": report_dir}
+    env = {**os.environ, **{name: str(value) for name, value in given.items() if value is not None}}
+    with tempfile.TemporaryDirectory(prefix="volcal_panel_") as folder:
+        words = ["-m", "voila", str(panel_notebook(Path(folder))), f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1", "--Voila.log_level=ERROR"]
+        say(f"the panel is at http://127.0.0.1:{port}/ ; Ctrl-C stops it")
+        server = subprocess.Popen([sys.executable, *words], env=env)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            raise typer.Exit(Exit.ok if server.wait() == 0 else Exit.error)
+        except KeyboardInterrupt:
+            server.terminate()
+            server.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa13
+@app.command("serve", short_help="Serve the endpoints over HTTP.")
+def serve_command(
+    host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a token in VOLCAL_API_TOKEN.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 8077,
+    data_dir: DataDir = None,
+    db: Database = None,
+    report_dir: ReportDir = None,
+) -> None:
+    """Serve the endpoints until stopped; their description is at /docs."""
+    import importlib
+
+    for module in ("fastapi", "uvicorn"):
+        _needs(module, "api")
+    api = importlib.import_module("volcal.ops.api")
+    api.check_binding(host, os.environ.get("VOLCAL_API_TOKEN"))
+    say(f"the endpoints are at http://{host}:{port}/docs ; Ctrl-C stops it")
+    api.serve(host, port, db, data_dir, report_dir)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #a18329aa
 class ConfigHelp(TyperCommand):
@@ -519,7 +670,8 @@ HISTORY_HEAD = (
 # %% ../../nbs/50_ops/53_cli.ipynb #112ae399
 @app.command("history", short_help="List the newest calibrations.")
 def history_command(
-    underlying: Annotated[str | None, typer.Argument(help="Asset.  [default: all]")] = None,
+    asset: Annotated[str | None, typer.Argument(metavar="[UNDERLYING]", help="Asset.  [default: all]")] = None,
+    underlying: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many runs.")] = 20,
     db: Database = None,
     as_json: JsonFlag = False,
@@ -527,7 +679,8 @@ def history_command(
     """List the newest calibrations, failed ones too."""
     from volcal.ops.history import list_recent_calibrations
 
-    entries = list_recent_calibrations(underlying.strip().upper() if underlying else None, limit, db)
+    wanted = (underlying or asset or "").strip().upper() or None
+    entries = list_recent_calibrations(wanted, limit, db)
     if as_json:
         print_json([entry.model_dump(mode="json") for entry in entries])
     elif entries:
