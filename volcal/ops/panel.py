@@ -64,7 +64,7 @@ __all__ = ['log', 'PANEL_CSS', 'HISTORY_COLUMNS', 'SKEW_FITS', 'SKEW_OFF', 'EXPL
 
 # %% ../../nbs/50_ops/54_panel.ipynb #ee0f395e
 log = logging.getLogger("volcal.panel")
-PANEL_CSS = report.REPORT_CSS + """
+_CARDS_CSS = """
 .vcp{background:#f3f5f7;padding:0 14px 20px;box-sizing:border-box;overflow-x:hidden;color:#1c2530;
 font:14px/1.5 Inter,"Segoe UI",system-ui,-apple-system,Roboto,Arial,sans-serif}
 .vcp .widget-html-content,.vcp .widget-html,.vcp .jupyter-widgets{font-family:inherit;overflow:visible}
@@ -78,6 +78,10 @@ padding:12px 18px 14px!important;box-sizing:border-box;overflow:visible!importan
 .vcp-card h2{font-size:16px;font-weight:650;margin:0 0 8px;padding:0;border:0;color:#16202c}
 .vcp-card h3{font-size:13px;font-weight:650;margin:12px 0 2px;color:#16202c}
 .vcp-card p{margin:4px 0 8px}
+"""
+
+# %% ../../nbs/50_ops/54_panel.ipynb #7b11d963
+PANEL_CSS = report.REPORT_CSS + _CARDS_CSS + """
 .vcp-form{display:grid!important;grid-template-columns:repeat(auto-fill,minmax(176px,1fr));gap:2px 14px;overflow:visible!important}
 .vcp-form .jupyter-widgets,.vcp-form .widget-inline-hbox{width:auto!important;flex-flow:column!important;height:auto!important;align-items:stretch!important}
 .vcp-form .widget-label{width:auto!important;text-align:left!important;font-size:12px;color:#5b6673;height:20px;line-height:20px;flex:none!important}
