@@ -283,15 +283,16 @@ def standing(
     """Mean and 5 to 95 % over runs and deals."""
     aucs = [judge.auc(r) for r in runs]
     parts = [judge.families(judge.stick.score(r), a) for r, a in zip(runs, aucs, strict=True)]
-    return _standing(parts, aucs)
+    return _standing(parts, aucs, judge.stick.thin)
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #4c59a80b
-def _standing(parts: list[dict[str, np.ndarray]], aucs: list[float]) -> Standing:
+def _standing(parts: list[dict[str, np.ndarray]], aucs: list[float], thin: float) -> Standing:
     totals = np.concatenate([total_score(p) for p in parts])
+    score = float(totals.mean())
+    low, high = (float(np.clip(score + thin * (np.quantile(totals, q) - score), 0.0, 1.0)) for q in (0.05, 0.95))
     families = {f: float(np.mean([p[f].mean() for p in parts if f in p])) for f in parts[0]}
     known = [a for a in aucs if math.isfinite(a)]
-    return Standing(float(totals.mean()), float(np.quantile(totals, 0.05)), float(np.quantile(totals, 0.95)), families,
-                    float(np.mean(known)) if known else None, len(parts))
+    return Standing(score, low, high, families, float(np.mean(known)) if known else None, len(parts))
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #45a89f15
 def market_standing(
@@ -305,4 +306,4 @@ def market_standing(
         block = ((time - rows.time_ns[0]) / (BLOCK_DAYS * NS_PER_DAY) + i / phases).astype(np.int64) % 2 == 0
         aucs.append(detection_auc((x[block], time[block]), (x[~block], time[~block]), judge.seed + i))
     known = [a for a in aucs if math.isfinite(a)]
-    return _standing([judge.families(judge.stick.score_itself(), float(np.mean(known)) if known else math.nan)], aucs)
+    return _standing([judge.families(judge.stick.score_itself(), float(np.mean(known)) if known else math.nan)], aucs, judge.stick.thin)

@@ -251,7 +251,7 @@ class Yardstick(_Measure):
         self.itself = self.apart(self.of(market, self.deals.a), self.other_hand)
         known = np.isfinite(self.itself)
         read = [d[k] if k.mean() >= 0.5 else np.array([np.nan]) for d, k in zip(self.itself, known, strict=True)]
-        self.typical = np.maximum(np.array([d.mean() for d in read]) * self.thin, 1e-9)
+        self.typical = np.maximum(np.array([d.mean() for d in read]), 1e-9)
         self.band = np.maximum(np.array([np.quantile(d, BAND) for d in read]) * self.thin, 1e-9)
 
     def scored(self, distance: np.ndarray) -> Score:

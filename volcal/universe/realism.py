@@ -282,8 +282,8 @@ def chosen_config(p: RealismParameters, harvest: Harvest) -> tuple[SyntheticConf
     if p.model is not None:
         model = load_regime_model(p.model)
         require_same_asset(model.provenance.get("asset", model.provenance.get("underlying")), p.underlying, f"model {p.model}")
-        return model_config(model, p.underlying, spot), _in_sample(model, harvest)
-    fitted = baseline_configs(harvest.table.frame.iloc[: harvest.fit_rows], p.underlying, p.seed)["fitted here"]
+        return model_config(model, p.underlying, spot, step=harvest.clock.step), _in_sample(model, harvest)
+    fitted = baseline_configs(harvest.table.frame.iloc[: harvest.fit_rows], p.underlying, p.seed, harvest.clock.step)["fitted here"]
     return fitted, []
 
 # %% ../../nbs/40_universe/43_realism.ipynb #8b0331b8
@@ -333,7 +333,8 @@ def verdict(harvest: Harvest, sensors: int) -> tuple[str, list[str]]:  # status,
     if sensors < 6:
         reasons.append(f"only {sensors} sensors are known on both sides: dynamics and regimes are thinly covered")
     if harvest.quality.status == DataQualityStatus.degraded:
-        reasons.append(f"the harvest's quality is degraded: {'; '.join(i.sentence for i in harvest.quality.issues[:2])}")
+        worst = next((i.sentence for i in harvest.quality.issues if i.severity == DataQualityStatus.degraded), "see data_quality")
+        reasons.append(f"the harvest's quality is degraded: {worst.split(': /')[0]}")
     return ("degraded" if reasons else "ok"), reasons
 
 
@@ -351,7 +352,7 @@ def baseline_runs(
     runs: dict[str, Callable[[int], pd.DataFrame]] = {}
     notes: list[str] = []
     try:
-        runs = {n: _simulator(c, clock) for n, c in baseline_configs(fit_on, clock.asset, seed).items()}
+        runs = {n: _simulator(c, clock) for n, c in baseline_configs(fit_on, clock.asset, seed, clock.step).items()}
     except (FitError, ConfigError) as error:
         notes.append(f"no baseline was fitted: {error}")
     return {**runs, "white noise": lambda s: white_noise(fit_on, market, s)}, notes
@@ -390,7 +391,7 @@ def _arbitrage(store: Store, harvest: Harvest, chains: list[pd.DataFrame], seed:
     for ref in select_snapshots(harvest.refs, max_snapshots=ARBITRAGE_SNAPSHOTS):
         try:
             rates.append(arbitrage_rate(store.read(ref)))
-        except VolcalError as error:
+        except (VolcalError, ValueError) as error:  # a snapshot without one pair of a call and a put
             log.warning("arbitrage of %s is not counted: %s", ref.path, error)
     return arbitrage_reading(rates, [arbitrage_rate(c) for c in chains], seed)
 

@@ -24,12 +24,12 @@ from ..vol.smile import constant_maturity_groups
 from ..vol.surface import DteBand, SkewSurface, VolSurface, regime_skew_nodes, template_skew
 
 # %% auto #0
-__all__ = ['TWIN_STEP', 'TWIN_BANDS', 'BASELINES', 'FIT_FEATURES', 'banded', 'scaled_skew', 'quarter_deltas', 'model_config',
+__all__ = ['TWIN_STEPS', 'TWIN_BANDS', 'BASELINES', 'FIT_FEATURES', 'banded', 'scaled_skew', 'quarter_deltas', 'model_config',
            'Clock', 'twin_universe', 'twin_chains', 'twin_levels', 'twin_sensors', 'quick_twin', 'fit_twin_model',
            'mis_scaled', 'white_noise', 'baseline_configs']
 
 # %% ../../nbs/40_universe/42d_twins.ipynb #d68af597
-TWIN_STEP = "1h"
+TWIN_STEPS = ("1h", "30min", "15min", "5min")
 TWIN_BANDS = (("weekly", 0.0, 15.0), ("monthly", 15.0, 50.0), ("quarterly", 50.0, 400.0))
 
 
@@ -66,9 +66,10 @@ def model_config(
     asset: str,  # BTC, ETH, SOL_USDC, ...
     start_spot: float,  # USD
     innovations: str = "student_t",  # gaussian, student_t
+    step: str = "1h",  # of the path
 ) -> SyntheticConfig:
     """A synthetic market of a regime model. Raises `ConfigError` for a model that cannot move spot."""
-    hourly = model.at_step(TWIN_STEP)
+    hourly = model.at_step(step)
     skew = template_skew(max_dte=30.0)
     silent = [r.name for r in hourly.regimes if r.vol is None]
     if silent:
@@ -78,7 +79,7 @@ def model_config(
     surface = VolSurface(rv_window_days=7.0, dte_bands=bands, skew=skew)
     return SyntheticConfig.model_validate({
         "asset": asset, "vol_surface": surface, "warmup_days": 45.0,
-        "spot_path": {"start_spot": start_spot, "regimes": regimes, "regime_transitions": hourly.transitions, "step": TWIN_STEP,
+        "spot_path": {"start_spot": start_spot, "regimes": regimes, "regime_transitions": hourly.transitions, "step": step,
                       "innovations": innovations, "student_t_df": 4.0}})
 
 # %% ../../nbs/40_universe/42d_twins.ipynb #12c2ae95
@@ -90,6 +91,12 @@ class Clock:
     times: pd.DatetimeIndex  # of all snapshots, warm-up included
     first: int = 0  # first judged row
     prices: str = "index_price"  # candles, index_price or forwards: what the harvest's realized vol is made of
+
+    @property
+    def step(self) -> str:
+        """The longest step of a path that is no longer than the snapshots' median spacing."""
+        spacing = pd.Timedelta(float(np.median(np.diff(epoch_ns(self.times)))), unit="ns") if len(self.times) > 1 else pd.Timedelta("1h")
+        return next((s for s in TWIN_STEPS if pd.Timedelta(s) <= 1.05 * spacing), TWIN_STEPS[-1])
 
 
 def twin_universe(
@@ -254,10 +261,11 @@ def baseline_configs(
     sensors: pd.DataFrame,  # to fit on
     asset: str,
     seed: int = 0,
+    step: str = "1h",  # of the paths, as `Clock.step`
 ) -> dict[str, SyntheticConfig]:
     """The fitted market and its variants. Raises `FitError` where nothing can be fitted."""
     spot = float(sensors["spot"].dropna().iloc[-1])
     fitted = fit_twin_model(sensors, asset, seed=seed)
-    own = model_config(fitted, asset, spot)
-    return {"fitted here": own, "one regime": model_config(fit_twin_model(sensors, asset, k=1, seed=seed), asset, spot),
-            "Gaussian": model_config(fitted, asset, spot, "gaussian"), "mis-scaled": mis_scaled(own)}
+    own = model_config(fitted, asset, spot, step=step)
+    return {"fitted here": own, "one regime": model_config(fit_twin_model(sensors, asset, k=1, seed=seed), asset, spot, step=step),
+            "Gaussian": model_config(fitted, asset, spot, "gaussian", step), "mis-scaled": mis_scaled(own)}
