@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.stamp-installed
-NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort)
+NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' -not -path 'nbs/apps/*' | sort)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help setup demo test export-check clean-check lint types notebooks-test pytest notebooks readme docs clean

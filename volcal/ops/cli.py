@@ -583,7 +583,7 @@ def replay_command(
     data_dir: DataDir = None,
     at: Annotated[str | None, typer.Option(metavar="ISO", help="Where the clock stands or starts.  [default: the newest snapshot]")] = None,
     speed: Annotated[float, typer.Option(help="Replay seconds per second; 0 = the clock stands.")] = 0.0,
-    fault: Annotated[list[str] | None, typer.Option(help="kind[:rate][@method], e.g. 500:0.1 or all:0.2; may be repeated.")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="kind[:rate][@method], e.g. server_error:0.1 or all:0.2; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 42,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 = any free one.")] = 8765,
 ) -> None:
