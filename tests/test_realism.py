@@ -57,7 +57,7 @@ def test_thin_data_is_scored_degraded_with_wide_bands(thin):
 def test_sensors_that_cannot_be_computed_are_left_out_on_both_sides_and_listed(thin):
     assert set(thin.sensors) | set(thin.left_out) == set(SENSORS) and not set(thin.sensors) & set(thin.left_out)
     assert all(thin.market[n].notna().any() and thin.synthetic[n].notna().any() for n in thin.sensors)
-    assert "price_vs_ma200" in thin.left_out or "price_vs_ma200" in thin.sensors
+    assert {"levels", "dynamics", "returns", "surface"} <= set(thin.universe.families)
     assert all(r.name.split(" ")[0] not in thin.left_out for r in thin.metrics)
 
 

@@ -206,7 +206,9 @@ class Score:
         """1 / max(1, D) of each family."""
         kinds, counted = np.array(self.families), np.minimum(self.ratio, MOST)
         found = {f: counted[kinds == f] for f in dict.fromkeys(self.families)}
-        return {f: 1.0 / np.maximum(1.0, np.nanmean(r, axis=0)) for f, r in found.items() if np.isfinite(r).any(axis=0).all()}
+        some = {f: r[:, np.isfinite(r).any(axis=0)] for f, r in found.items()}
+        scores = {f: 1.0 / np.maximum(1.0, np.nanmean(r, axis=0)) for f, r in some.items() if r.shape[1] >= 0.5 * counted.shape[1]}
+        return {f: s if len(s) == counted.shape[1] else np.resize(s, counted.shape[1]) for f, s in scores.items()}
 
     def total(self) -> np.ndarray:  # (b,)
         """The score of each deal."""

@@ -133,8 +133,10 @@ def deal_blocks(
     for i in range(samples):
         block = ((time_ns - time_ns[0]) / length + rng.random()).astype(np.int64)
         block -= block[0]
-        pairs = np.arange(block[-1] // 2 + 1)
-        first, drawn = rng.random(len(pairs)) < 0.5, np.bincount(rng.choice(pairs, len(pairs)), minlength=len(pairs))
+        pairs, filled = np.arange(block[-1] // 2 + 1), np.bincount(block, minlength=2 * (block[-1] // 2) + 2).reshape(-1, 2) > 0
+        whole = pairs[filled.all(axis=1)]  # a pair without its second block would fill one hand only
+        whole = whole if len(whole) else pairs
+        first, drawn = rng.random(len(pairs)) < 0.5, np.bincount(rng.choice(whole, len(whole)), minlength=len(pairs))
         hand = first[block // 2] ^ (block % 2 == 1)
         a[i], b[i] = drawn[block // 2] * hand, drawn[block // 2] * ~hand
     return Deals(a, b)
