@@ -206,7 +206,9 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
 # %% ../../nbs/30_calibration/35b_sums.ipynb #5e7401a1
 def _position(chain: Chain, frame: pd.DataFrame) -> np.ndarray:
     """Row of `chain.snapshots` that each row of the frame belongs to."""
-    return np.searchsorted(chain.snapshots["snapshot"].to_numpy(), frame["snapshot"].to_numpy())
+    snapshots, of_row = chain.snapshots["snapshot"].to_numpy(), frame["snapshot"].to_numpy()
+    numbered = snapshots.size > 0 and snapshots[0] == 0 and snapshots[-1] == snapshots.size - 1
+    return of_row if numbered else np.searchsorted(snapshots, of_row)
 
 
 ROW_INPUTS = (
