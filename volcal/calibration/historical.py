@@ -36,7 +36,8 @@ log = logging.getLogger("volcal.historical")
 # %% auto #0
 __all__ = ['log', 'PRICE_COLUMNS', 'CLOCK_TOLERANCE_MINUTES', 'PRICE_TOLERANCE', 'CANDLE_SOURCES', 'window_refs',
            'snapshot_prices', 'window_prices', 'DayTask', 'DayResult', 'read_day', 'day_chain', 'day_result',
-           'map_days', 'split_days', 'trusted_rv', 'window_regimes', 'run_historical_calibration_from_harvest']
+           'map_days', 'split_days', 'trusted_rv', 'labelling_model', 'window_regimes',
+           'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
 def _moment(when: datetime | None, otherwise: str) -> str:
@@ -248,6 +249,20 @@ def trusted_rv(
     return np.where(found.trusted, found.rv, np.nan), found
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #6caf57dc
+def labelling_model(
+    path: str,  # of a saved RegimeModel
+    asset: str,  # whose snapshots it is to label
+) -> RegimeModel:
+    """The regime model of an asset. Raises `ConfigError` for one that was trained on another."""
+    model = load_regime_model(path)
+    trained_on = model.provenance.get("asset", model.provenance.get("underlying", asset))
+    if trained_on != asset:
+        raise ConfigError(
+            f"the regime model {path} was trained on {trained_on}, not on {asset}, so its labels would mean nothing; build one for {asset}"
+        )
+    return model
+
+
 def window_regimes(
     store: Store,
     config: CalibrationConfig,
@@ -256,13 +271,7 @@ def window_regimes(
     """Regime of each snapshot. Raises `ConfigError` for a model that cannot label."""
     if not config.regimes or config.harvest is None:
         return None
-    model, h = load_regime_model(config.regimes), config.harvest
-    trained_on = model.provenance.get("asset", refs[0].asset)
-    if trained_on != refs[0].asset:
-        raise ConfigError(
-            f"the regime model {config.regimes} was trained on {trained_on}, not on {refs[0].asset}, so its labels would mean nothing; "
-            f"build one for {refs[0].asset}"
-        )
+    model, h = labelling_model(config.regimes, refs[0].asset), config.harvest
     thinning: dict[str, Any] = {"snapshot_step": h.snapshot_step, "max_snapshots": h.max_snapshots or None}
     past = iv_history_of(store.read_history(refs[0].asset, "dvol"))
     table = harvest_sensor_table(

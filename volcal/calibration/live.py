@@ -21,7 +21,7 @@ import pandas as pd
 
 from .config import CalibrationConfig, HarvestConfig, load_config, load_mapping
 from .engine import Source, finish
-from .historical import DayTask, day_chain, run_historical_calibration_from_harvest, trusted_rv
+from .historical import DayTask, day_chain, labelling_model, run_historical_calibration_from_harvest, trusted_rv
 from .result import CalibrationResult
 from .sums import add_sums, chain_sums, empty_sums, make_plan
 from ..market.chain import Chain
@@ -31,7 +31,7 @@ from ..market.quality import assess_window
 from ..market.store import RawBatch, SnapshotRef
 from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
 from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, why_untrusted
-from ..vol.regimes import RegimeModel, load_regime_model
+from ..vol.regimes import RegimeModel
 from ..vol.sensors import SensorTable, chain_levels, daily_bars, finish_sensors, iv_history_of
 
 log = logging.getLogger("volcal.live")
@@ -243,12 +243,7 @@ def _live_model(config: CalibrationConfig) -> RegimeModel | None:
     """The regime model that labels the moment. Raises `ConfigError` for one of another asset."""
     if not config.regimes:
         return None
-    model = load_regime_model(config.regimes)
-    trained_on = model.provenance.get("underlying", config.underlying)
-    if trained_on != config.underlying:
-        raise ConfigError(f"the regime model {config.regimes} was trained on {trained_on}, not on {config.underlying}, so its labels would mean "
-                          f"nothing; build one for {config.underlying}")
-    return model
+    return labelling_model(config.regimes, config.underlying)
 
 # %% ../../nbs/30_calibration/38_live.ipynb #91ff95f3
 def live_quality(
