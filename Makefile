@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 UV := $(shell command -v uv 2>/dev/null)
 STAMP := $(VENV)/.stamp-installed
-NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' -not -path 'nbs/apps/*' | sort)
+BENCH_STAMP := $(VENV)/.stamp-bench
+NOTEBOOKS := $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' -not -path 'nbs/apps/*' -not -path 'nbs/benchmarks/*' | sort)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help setup demo test export-check clean-check lint types notebooks-test pytest notebooks readme docs clean
+.PHONY: help setup demo test export-check clean-check lint types notebooks-test pytest notebooks bench readme docs preview clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,16 +78,31 @@ pytest: $(STAMP)
 	else echo "!! no Chromium is installed: the browser tests are SKIPPED; on Debian or Ubuntu: apt-get install chromium"; fi; \
 	$(BIN)/python -m pytest tests
 
-notebooks: $(STAMP) ## execute every notebook in place and clean it
+notebooks: $(STAMP) ## execute every notebook but the benchmarks in place and clean it
 	@for nb in $(NOTEBOOKS); do echo "$$nb"; $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb"; done
 	$(BIN)/nbdev_clean
+
+$(BENCH_STAMP): $(STAMP)
+ifneq ($(UV),)
+	$(UV) pip install --quiet --python $(BIN)/python -e '.[dev,bench]'
+else
+	$(BIN)/python -m pip install --quiet -e '.[dev,bench]'
+endif
+	@touch $@
+
+bench: $(BENCH_STAMP) ## every benchmark against its peers, executed in place; the ratios are of this machine and this run
+	@for nb in $(sort $(wildcard nbs/benchmarks/*.ipynb)); do echo "$$nb"; $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace "$$nb"; $(BIN)/nbdev_clean --fname "$$nb"; done
 
 readme: $(STAMP) ## README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 docs: $(STAMP) ## the documentation site (needs Quarto)
-	@command -v quarto >/dev/null || { echo "quarto is not installed: the site is built by the docs workflow; every page is a notebook under nbs/, readable in JupyterLab"; exit 1; }
+	@command -v quarto >/dev/null || { echo "quarto is not installed, so the site is built by the docs workflow; make preview writes its pages without it"; exit 1; }
+	touch README.md  # made by tests/readme.py: nbdev leaves one alone that is newer than its notebook
 	$(BIN)/nbdev_docs
+
+preview: $(STAMP) ## the pages of the site as plain HTML under _docs (without Quarto)
+	$(BIN)/python tests/preview.py
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HERE = "https://github.com/volcal/volcal/blob/main/"  # how pages of the site link to files outside nbs/
 
 
 def _outputs(cell: dict) -> list[str]:
@@ -13,6 +14,7 @@ def _outputs(cell: dict) -> list[str]:
 
 def _links(text: str) -> str:
     """Links of a notebook under nbs/ as links from the top level."""
+    text = text.replace(HERE, "../")
     text = re.sub(r"\]\(\.\./", "](", text)
     return re.sub(r"\]\((?!https?:|#|data/|\.)", "](nbs/", text)
 

@@ -1,9 +1,11 @@
 """The endpoints against their own OpenAPI document, over a real socket, and with the real job."""
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -94,6 +96,60 @@ def test_use_latest_and_what_is_in_force(tmp_path):
     assert client.get(f"{ASK}/history", params={"underlying": "btc"}).json()["entries"][0]["applied"]
 
 
+HOSTILE = {
+    "NaN": b'{"underlying": "BTC", "dte_min": NaN}', "infinity": b'{"underlying": "BTC", "dte_max": -Infinity}',
+    "beyond floats": b'{"underlying": "BTC", "dte_min": 1e999}',
+    "half a character": b'{"underlying": "\\ud800"}', "half a character as a name": b'{"underlying": "BTC", "\\udfff": 1}',
+    "five thousand digits": b'{"underlying": "BTC", "max_samples": ' + b"9" * 5000 + b"}",
+    "four hundred digits": b'{"underlying": "BTC", "dte_min": ' + b"9" * 400 + b"}",
+    "very deep": b"[" * 100_000, "half a body": b'{"underlying": "BT', "no text": b"\xff\xfe\x00", "empty": b"", "null": b"null", "a list": b"[1]",
+    "other letters": '{"underlying": "ВТС"}'.encode(), "a path": b'{"underlying": "../BTC"}', "NUL": b'{"underlying": "BTC\\u0000"}',
+    "a line": b'{"underlying": "BTC\\n"}'}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("name", ["use_latest", "run_with_policy"])
+def test_a_hostile_body_is_refused_in_the_documented_form(tmp_path, name, body):
+    client = TestClient(create_app(**places(tmp_path), job=quick_job), raise_server_exceptions=False)
+    reply = client.post(f"{ASK}/{name}", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code in (400, 422) and set(reply.json()) == {"code", "detail"}
+    assert client.get(f"{ASK}/history").json()["entries"] == []
+
+
+def test_a_form_that_a_page_of_others_can_send_is_refused(tmp_path):
+    client = TestClient(create_app(**places(tmp_path), job=quick_job))
+    assert client.post(f"{ASK}/run_with_policy", content=b'{"underlying": "BTC"}', headers={"Content-Type": "text/plain"}).status_code == 422
+
+
+def test_reports_that_cannot_be_written_are_the_servers_trouble(tmp_path):
+    (tmp_path / "file").write_text("")
+    client = TestClient(create_app(**{**places(tmp_path), "report_dir": str(tmp_path / "file")}, job=quick_job), raise_server_exceptions=False)
+    reply = client.post(f"{ASK}/run_with_policy", json={"underlying": "BTC"})
+    assert reply.status_code == 503 and "file" in reply.json()["detail"]
+
+
+def test_a_long_run_answers_with_a_job_number_and_auto_status_has_the_end(tmp_path):
+    gate = threading.Event()
+
+    def slow(parameters, report_dir, db):
+        gate.wait(60)
+        return quick_job(parameters, report_dir, db)
+
+    client = TestClient(create_app(**places(tmp_path), job=slow))
+    begun = client.post(f"{ASK}/run_with_policy", json={"underlying": "BTC", "wait_seconds": 0.2, "apply": True})
+    assert begun.status_code == 202 and begun.json()["state"] == "running" and begun.json()["reply"] is None
+    assert client.post(f"{ASK}/run_with_policy", json={"underlying": "BTC"}).status_code == 409
+    assert client.get(f"{ASK}/auto_status").json()["running"]
+    gate.set()
+    for _ in range(600):
+        job = client.get(f"{ASK}/auto_status").json()["job"]
+        if job["state"] != "running":
+            break
+        time.sleep(0.05)
+    assert (job["state"], job["job_id"], job["reply"]["applied"]["multiplier"]) == ("done", begun.json()["job_id"], 1.2)
+    assert client.post(f"{ASK}/run_with_policy", json={"underlying": "BTC"}).status_code == 200
+
+
 def test_a_run_that_is_going_on_is_a_conflict(tmp_path):
     client = TestClient(create_app(**places(tmp_path), job=quick_job))
     with underlying_lock("BTC", tmp_path):
@@ -127,20 +183,42 @@ def start(port, *, host="127.0.0.1", token=None, folder):
     return subprocess.Popen([sys.executable, "-c", "from volcal.ops.cli import app\napp()", *words], stderr=subprocess.PIPE, text=True, env=env)
 
 
+def first_answer(server, port, headers=None):
+    """The history, once the server listens."""
+    for _ in range(300):
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}{ASK}/history", headers=headers)
+        except httpx.TransportError:
+            assert server.poll() is None, server.stderr.read()
+            time.sleep(0.1)
+    raise TimeoutError(port)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_ends_in_the_middle_of_a_run_leaves_nothing_in_the_way(tmp_path, ending):
+    body = {"underlying": "BTC", "as_of": "2025-10-15T23:00:00Z", "lookback_days": 1, "max_samples": 200, "wait_seconds": 0}
+    port = free_port()
+    server = start(port, folder=tmp_path)
+    first_answer(server, port)
+    assert httpx.post(f"http://127.0.0.1:{port}{ASK}/run_with_policy", json=body).status_code == 202
+    while not list((tmp_path / "BTC").glob("*.partial")):
+        time.sleep(0.05)
+    server.send_signal(ending)
+    server.wait(20)
+    client = TestClient(create_app(**places(tmp_path)))
+    assert not client.get(f"{ASK}/auto_status").json()["running"]
+    assert client.post(f"{ASK}/run_with_policy", json={**body, "wait_seconds": 300}).json()["status"] in ("ok", "degraded")
+    killed = list((tmp_path / "BTC").glob("*.failed"))
+    assert len(killed) == 1 and "killed" in (killed[0] / "error.txt").read_text()
+
+
 @pytest.mark.parametrize("host,token", [("127.0.0.1", None), ("0.0.0.0", "0123456789abcdef")])
 def test_served_on_a_socket(tmp_path, host, token):
     port = free_port()
     server = start(port, host=host, token=token, folder=tmp_path)
     try:
-        headers, reply = {"Authorization": f"Bearer {token}"} if token else {}, None
-        for _ in range(300):
-            try:
-                reply = httpx.get(f"http://127.0.0.1:{port}{ASK}/history", headers=headers)
-                break
-            except httpx.TransportError:
-                assert server.poll() is None, server.stderr.read()
-                time.sleep(0.1)
-        assert reply is not None and reply.json() == {"underlying": None, "entries": []}
+        reply = first_answer(server, port, {"Authorization": f"Bearer {token}"} if token else {})
+        assert reply.json() == {"underlying": None, "entries": []}
         assert httpx.get(f"http://127.0.0.1:{port}{ASK}/history").status_code == (401 if token else 200)
         assert httpx.get(f"http://127.0.0.1:{port}/openapi.json").status_code == 200
     finally:

@@ -214,5 +214,5 @@ def test_real_iv_in_decimals_is_solved_and_flagged() -> None:
 
 
 def test_harmonise_is_idempotent() -> None:
-    once = harmonise(SAMPLES["XRP_USDC"])
-    pd.testing.assert_frame_equal(harmonise(once), once)
+    once = pd.DataFrame(harmonise(SAMPLES["XRP_USDC"]))
+    pd.testing.assert_frame_equal(pd.DataFrame(harmonise(once)), once)

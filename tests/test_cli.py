@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -55,7 +56,7 @@ def test_help_lists_the_commands_and_exit_codes():
 def test_auto_calibrate_has_the_options_of_the_specification():
     out = volcal("auto-calibrate", "--help")[1]
     for option in ("underlying", "dte-min", "dte-max", "lookback-days", "max-samples", "data-dir", "as-of", "option-types", "snapshot-step", "max-snapshots",
-                   "db", "report-dir", "apply", "dry-run", "json"):
+                   "price-history", "db", "report-dir", "apply", "dry-run", "json"):
         assert f"--{option}" in out, option
 
 
@@ -73,6 +74,25 @@ def test_calibrate_help_describes_every_field():
     (["auto-calibrate", "--apply", "--dry-run"], "recorded run"), (["auto-calibrate", "--lookback", "3"], "--lookback"), (["calibrate"], "CONFIG"),
     (["apply"], "exactly one"), (["apply", "--latest", "--run", "3"], "exactly one"), (["auto-calibrate-all", "--underlyings", ","], "no underlying"),
     (["history", "--limit", "0"], "limit"), (["recalibrate"], "recalibrate"), (["compact", "BTC", "--day", "today"], "YYYY-MM-DD"),
+    (["compact", "BTC", "--data-dir", SAMPLE, "--day", "2999-01-01"], "is not over"), (["compact", "../BTC", "--data-dir", SAMPLE], "has BTC"),
+    (["quality", "B T C", "--data-dir", SAMPLE], "has BTC"), (["quality", "BTC", "--start", "2026-01-02", "--end", "2026-01-01"], "swap them"),
+    (["quality", "BTC", "--as-of", "None"], "--as-of"), (["history", "--db", "mysql://x/y"], "not supported"), (["history", "--db", "foo"], "cannot be read"),
+    (["auto-calibrate", "--db", "foo"], "cannot be read"),
+    (["auto-calibrate-all", "--db", "foo"], "cannot be read"), (["apply", "--revert", "--db", "foo"], "cannot be read"),
+    (["auto-calibrate", "--price-history", "no_candles.parquet"], "--price-history"), (["auto-calibrate", "--lookback-days", "1e300"], "lookback_days"),
+    (["harvest", "--once", "--every", "7x"], "interval"), (["harvest", "--once", "--status"], "one of them"),
+    (["harvest", "--once", "--assets", "B/C"], "asset"),
+    (["harvest", "--once", "--url", "https://www.deribit.com"], "/api/v2"), (["harvest", "--once", "--url", "deribit"], "no address"),
+    (["harvest", "--once", "--url", "http://[::1"], "no address"),
+    (["backfill", "--start", "2026-01-02", "--end", "2026-01-01"], "swap them"), (["backfill", "--resolution", "7"], "not offered"),
+    (["backfill", "--end", "tomorrow"], "--end"), (["replay", "--port", "99999"], "65535"), (["replay", "--speed", "nan"], "speed"),
+    (["replay", "--fault", "drop@nothing"], "never strike"), (["simulate", "c.yaml", "--seed", str(10**30)], "--seed"),
+    (["build-regimes", "--start", "2026-01-02", "--end", "2026-01-01"], "swap them"), (["quality", "BTC", "--start", "9999-12-31"], "--start"),
+    (["realism-check", "--days", "1e9"], "--days"), (["auto-calibrate", "--as-of", "1500-01-01"], "1678"),
+    (["replay", "--fault", "gremlins"], "gremlins"), (["replay", "--at", "never"], "--at"), (["simulate", "c.yaml", "--days", "-1"], "--days"),
+    (["simulate", "c.yaml", "--every", "7x"], "interval"), (["simulate", "c.yaml", "--seed", "-1"], "seed"), (["build-regimes", "--start", "soon"], "ISO"),
+    (["calibrate", "c.yaml", "--out", "/"], "is a folder"), (["update-vol-surface", "c.yaml", "--out", "/"], "is a folder"),
+    (["history", "--db", f"sqlite:///{__file__}/h.db"], "no folder"), (["serve", "--port", "99999"], "65535"), (["panel", "--port", "0"], "65535"),
 ])
 def test_usage_errors_exit_2_and_say_what_is_wrong(words, told):
     code, out, err = volcal(*words)
@@ -84,7 +104,8 @@ def test_domain_errors_exit_1_with_one_plain_message(tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("underlying: BTC\nmax_dt: 3\n")
     for words, told in [(["calibrate", bad], "did you mean max_dte"), (["calibrate", tmp_path / "none.yaml"], "cannot be read"),
-                        (["quality", "BTC", "--data-dir", tmp_path / "none"], "none"), (["history", "--db", "mysql://x/y"], "not supported")]:
+                        (["quality", "BTC", "--data-dir", tmp_path / "none"], "none"), (["quality", "DOGE", "--data-dir", SAMPLE], "this root has BTC"),
+                        (["harvest", "--status", "--assets", "ETH", "--data-dir", SAMPLE], "this root has BTC")]:
         code, out, err = volcal(*words)
         assert (code, out) == (1, "")
         assert err.startswith("volcal: ") and told in err and "Traceback" not in err
@@ -137,7 +158,7 @@ def test_calibrate_without_data_is_an_error(config):
 def test_degraded_and_failed_exit_3_and_4(config, monkeypatch):
     judged = jobs.calibrate_config
     for status, code in (("degraded", 3), ("failed", 4)):
-        monkeypatch.setattr(jobs, "calibrate_config", lambda *a, s=status: judged(*a).with_verdict(s, "as the test wants"))
+        monkeypatch.setattr(jobs, "calibrate_config", lambda *a, s=status, **k: judged(*a, **k).with_verdict(s, "as the test wants"))
         assert volcal("calibrate", config)[0] == code
         assert volcal("update-vol-surface", config)[0] == code
 
@@ -182,6 +203,95 @@ def test_quality_says_ok_stale_and_failed():
     code, out, _ = volcal("quality", "BTC", "--data-dir", SAMPLE)
     assert code == 3 and "stale" in out and "DEGRADED" in out
     assert volcal("quality", "BTC", "--data-dir", SAMPLE, "--start", "2024-01-01", "--end", "2024-01-02")[0] == 4
+
+
+def test_update_then_calibrate_judges_what_was_written(config):
+    """A config of all nine old fields, as desks have them."""
+    config.write_text(config.read_text() + "iv_multiplier: 1.0\nrv_window_days: 7\nskew: {enabled: true, min_dte: 3, max_dte: 14}\n")
+    assert "(now 1.000)" in volcal("calibrate", config)[1]
+    assert volcal("update-vol-surface", config, "--into", config)[0] == 0
+    code, out, _ = volcal("calibrate", config)
+    assert code == 0 and "(now 0.93" in out
+    after = json.loads(volcal("calibrate", config, "--json")[1])
+    assert after["global_metrics"]["vega_weighted_mae_pct"] == pytest.approx(after["recommended_metrics"]["vega_weighted_mae_pct"], rel=1e-6)
+
+
+def test_a_damaged_surface_in_the_target_is_an_error(config, tmp_path):
+    desk = tmp_path / "desk.yaml"
+    for text in ("vol_surface: {iv_multiplyer: 1.0}\n", "vol_surface: high\n"):
+        desk.write_text(text)
+        code, out, err = volcal("update-vol-surface", config, "--into", desk)
+        assert (code, out, desk.read_text()) == (1, "", text) and "is no surface" in err
+
+
+def test_the_job_judges_what_is_applied(tmp_path):
+    place = ("--db", f"sqlite:///{tmp_path}/h.db", "--report-dir", tmp_path / "r", "--data-dir", SAMPLE, "--as-of", AS_OF, "--lookback-days", "4")
+    first = json.loads(volcal("auto-calibrate", *place, "--apply", "--json")[1])
+    assert first["surface_source"] == "configured" and first["iv_multiplier"] == 1.0 and first["applied"]["run_id"] == 1
+    code, out, _ = volcal("auto-calibrate", *place)
+    assert code == 0 and "run 1" in next(line for line in out.splitlines() if line.startswith("judged surface"))
+    assert f"2 in sqlite:///{tmp_path}/h.db" in out and "from history" in out
+    rows = json.loads(volcal("history", "--db", f"sqlite:///{tmp_path}/h.db", "--json")[1])
+    assert len({row["config_hash"] for row in rows}) == 1, "the judged surface splits no smoothing"
+    second = json.loads(volcal("auto-calibrate", *place, "--dry-run", "--json")[1])
+    assert second["iv_multiplier"] == first["recommended_iv_multiplier"] == second["recommended_iv_multiplier"]
+    assert second["global_metrics"]["mae_pct"] < first["global_metrics"]["mae_pct"]
+    page = next(Path(tmp_path / "r").glob("BTC/*/auto_calibrate.html")).parent.parent
+    assert any(", run 1" in path.read_text() for path in page.glob("*/auto_calibrate.html"))
+
+
+def test_every_underlying_in_error_is_an_error(tmp_path):
+    (tmp_path / "r").write_text("a file")
+    db = f"sqlite:///{tmp_path}/h.db"
+    code, out, _ = volcal("auto-calibrate-all", "--underlyings", "BTC,ETH", "--report-dir", tmp_path / "r", "--data-dir", SAMPLE, "--db", db)
+    assert code == 1 and out.count("ERROR") == 2 and "Errno" not in out
+
+
+def test_files_for_folders_are_told_in_words(config, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    db = f"sqlite:///{tmp_path}/h.db"
+    for words in (["auto-calibrate", "--report-dir", file, "--data-dir", SAMPLE, "--as-of", AS_OF, "--db", db], ["demo", "--report-dir", file],
+                  ["quality", "BTC", "--data-dir", file], ["harvest", "--status", "--data-dir", file], ["compact", "BTC", "--data-dir", file],
+                  ["simulate", ROOT / "data" / "configs" / "synthetic.yaml", "--out", file, "--days", "1"], ["calibrate", tmp_path],
+                  ["replay", "--data-dir", file]):
+        code, out, err = volcal(*words)
+        assert (code, out) == (1, ""), words
+        assert err.startswith("volcal: ") and "Errno" not in err and "Traceback" not in err, (words, err)
+
+
+def test_quality_without_snapshots_says_what_there_is():
+    code, out, err = volcal("quality", "BTC", "--data-dir", SAMPLE, "--start", "2030-01-01")
+    assert code == 4 and "no snapshot" in out and "2025-10-15 23:00" in err and "None" not in out + err
+
+
+def test_history_of_an_unknown_asset_says_which_are_there(tmp_path):
+    db = f"sqlite:///{tmp_path}/h.db"
+    assert "no calibration of DOGE is recorded" in volcal("history", "doge", "--db", db)[2]
+
+
+def test_files_that_can_never_be_merged_do_not_degrade_every_night(tmp_path):
+    day = tmp_path / "harvest" / "BTC" / "2025" / "10" / "15"
+    day.mkdir(parents=True)
+    pd.DataFrame({"name": ["x"]}).to_parquet(day / "BTC_2025-10-15_0000.parquet")
+    for _ in range(2):
+        code, out, err = volcal("compact", "BTC", "--data-dir", tmp_path / "harvest")
+        assert code == 0 and "lack columns" in err and "1 left" in out
+    (day / "BTC_2025-10-15_0100.parquet").write_bytes(b"torn")
+    assert volcal("compact", "BTC", "--data-dir", tmp_path / "harvest")[0] == 3
+
+
+def test_a_damaged_day_file_does_not_keep_other_days_from_being_compacted(tmp_path):
+    root = tmp_path / "harvest"
+    shutil.copytree(SAMPLE, root)
+    (root / "BTC" / "2025" / "10" / "03" / "BTC_2025-10-03.parquet").write_bytes(b"torn")
+    code, out, err = volcal("compact", "BTC", "--data-dir", root)
+    assert code == 1 and "BTC_2025-10-03.parquet cannot be read" in err and "2025-10-15  24 snapshots" in out
+
+
+def test_an_unknown_kind_of_url_is_an_error():
+    code, out, err = volcal("quality", "BTC", "--data-dir", "s3x://bucket")
+    assert (code, out) == (1, "") and "cannot be opened" in err
 
 
 def test_compact_merges_a_day_once(tmp_path):

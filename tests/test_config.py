@@ -15,7 +15,7 @@ from volcal.units import ConfigError
 
 NINE = {"underlying": "BTC", "min_dte": 3, "max_dte": 30, "iv_multiplier": 1.0, "default_iv": 0.6, "rv_window_days": 7,
         "risk_free_rate": 0.0, "max_samples": 80, "skew": {"enabled": True, "min_dte": 3, "max_dte": 14}}
-DEFAULTS = {**NINE, "source": "live", "harvest": None, "option_types": ["C"], "bands": None, "bucket_by_dte": None,
+DEFAULTS = {**NINE, "source": "live", "harvest": None, "vol_surface": None, "option_types": ["C"], "bands": None, "bucket_by_dte": None,
             "bucket_by_abs_delta": None, "fit_skew": False, "return_rows": True, "emit_recommended_vol_surface": True, "regimes": None,
             "multiplier_method": "vega_weighted", "validation_fraction": 0.0, "min_rv_coverage": 0.5, "min_rv_n_eff": 20,
             "exact_metrics": False, "error_ladder": False, "seed": 42,

@@ -103,6 +103,10 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], tuple[st
     "harvest.forward": ({"root": "odd"}, {"harvest": {"forward": "quoted"}}, ("mae_pct", "recommended_skew.anchor_ratios_by_side.put.0.15"), DATA),
     "harvest.expected_step_minutes": ({}, {"harvest": {"expected_step_minutes": 30}},
                                       ("data_quality.coverage_fraction", "data_quality.status"), (*HEADLINE, "snapshot_count")),
+    "vol_surface": ({}, {"vol_surface": {"iv_multiplier": 0.8, "dte_bands": [{"name": "weekly", "min_dte": 3, "max_dte": 10, "iv_multiplier": 1.1}]}},
+                    ("mae_pct", "bias_pct", "iv_multiplier", "current_vol_surface.dte_bands.0.iv_multiplier", "vol_surface_diff.iv_multiplier_delta",
+                     "vol_surface_diff.band_multiplier_delta.weekly", "error_ladder.0.mae_pct"),
+                    ("recommended_iv_multiplier", "recommended_metrics.mae_pct", "rv_annualized", *SURFACE, *INPUT)),
     "option_types": ({}, {"option_types": ["C"]}, (*HEADLINE, "option_types_used.1", "recommended_skew.anchor_ratios.0.15", "bands.0.count"), DATA),
     "bands": ({}, {"bands": None}, ("bands.0.count", "recommended_vol_surface.dte_bands.0.iv_multiplier"),
               ("count", "mae_pct", "recommended_iv_multiplier", "error_ladder.4.mae_pct")),
@@ -197,6 +201,19 @@ def test_every_multiplier_method_recommends_its_own_candidate(run: Callable[...,
         assert found["recommended_iv_multiplier"] == found[f"multiplier_candidates.{method}"] == found["recommended_vol_surface.iv_multiplier"]
         assert found["bands.0.recommended_iv_multiplier"] == found[f"bands.0.multiplier_candidates.{method}"]
     assert run(multiplier_method="min_mae")["recommended_metrics.mae_pct"] <= run(multiplier_method="mean")["recommended_metrics.mae_pct"]
+
+
+def test_vol_surface_says_what_the_plain_fields_say(run: Callable[..., dict[str, Any]]) -> None:
+    plain = run(iv_multiplier=0.8)
+    whole = run(iv_multiplier=1.3, vol_surface={"iv_multiplier": 0.8})
+    for path in (*HEADLINE, *SURFACE, "bias_pct", "iv_multiplier", "error_ladder.0.mae_pct"):
+        assert plain[path] == whole[path], path
+
+
+def test_a_fixed_surface_is_judged_without_realized_vol(run: Callable[..., dict[str, Any]]) -> None:
+    off = {"enabled": False, "min_dte": 3, "max_dte": 14}
+    found = run(vol_surface={"iv_mode": "fixed", "fixed_iv": 0.55, "iv_multiplier": 1.0, "skew": off})
+    assert found["rows.0.synthetic_iv"] == 0.55
 
 
 def test_the_first_nine_fields_are_enough(roots: dict[str, Path]) -> None:

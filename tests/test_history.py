@@ -3,8 +3,10 @@ import math
 import multiprocessing
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -68,7 +70,7 @@ def test_every_field_comes_back(url):
         created_at="2025-12-10T13:00:00.123456+01:00", source="harvested", vega_weighted_mae_pct=4.9, bias_pct=-1e-300,
         status="degraded", reason="a gap of 5.2 h; größer als üblich ’", applied=True,
         config_hash="0123456789abcdef", report="reports/BTC/x",
-        details={"bands": [{"name": "weekly", "m": math.nan}], "0.15": {"ü": [1, None, True]}})
+        details={"bands": [{"name": "weekly", "min_dte": 3, "max_dte": 10, "m": math.nan}], "0.15": {"ü": [1, None, True]}})
     found = get_calibration(insert_calibration_history(full, url), url)
     assert found.model_copy(update={"id": None}) == full
     assert found.details["bands"][0]["m"] is None
@@ -108,10 +110,10 @@ def test_a_frame_for_notebooks(url):
 
 
 def test_applied_is_noted(url):
-    number = insert_calibration_history({**SEVEN, "details": {"bands": [1]}}, url)
+    number = insert_calibration_history({**SEVEN, "details": {"events": [1]}}, url)
     mark_applied(number, "desk", url)
     found = get_calibration(number, url)
-    assert found.applied and found.details["applied"]["by"] == "desk" and found.details["bands"] == [1]
+    assert found.applied and found.details["applied"]["by"] == "desk" and found.details["events"] == [1]
     with pytest.raises(HistoryError, match="no run 999"):
         mark_applied(999, url=url)
 
@@ -248,6 +250,100 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "torn.db").write_bytes(b"SQLite format 3\x00" + b"torn" * 500)
     with pytest.raises(HistoryError, match="cannot be read"):
         list_recent_calibrations(url=f"sqlite:///{tmp_path}/torn.db")
+
+
+@pytest.mark.parametrize("change", ["details = '{torn'", "details = '[1, 2]'", "details = X'00ff'", "multiplier = 'much'", "multiplier = 'NaN'",
+                                    "created_at = 'yesterday'", "created_at = 1e300", "num_samples = 'many'", "dte_min = 'x'", "reason = X'ff'",
+                                    """details = '{"time_range": 5}'""", """details = '{"bands": [5]}'""", "underlying = ''",
+                                    """details = '{"recommended_metrics": {"vega_sum": "lots"}}'"""])
+def test_a_damaged_row_hides_no_other_and_is_never_used(tmp_path, change):
+    url = f"sqlite:///{tmp_path}/h.db"
+    for _ in range(3):
+        insert_calibration_history({**SEVEN, "status": "ok"}, url)
+    with history_connection(url, write=True) as connection:
+        connection.exec_driver_sql(f"UPDATE calibration_history SET {change} WHERE id = 2")
+    found = {entry.id: entry for entry in list_recent_calibrations(url=url)}
+    assert {number: entry.status for number, entry in found.items()} == {1: "ok", 2: "failed", 3: "ok"}
+    assert found[2].reason.startswith("this row cannot be read: ") and change.split()[0] in found[2].reason
+    assert get_latest_calibration("BTC", 3, 10, url=url).id == 3
+
+
+def test_text_that_no_database_keeps_is_marked(url):
+    found = get_calibration(insert_calibration_history({**SEVEN, "reason": "a\x00b\ud800c 😀", "details": {"\ud800": "\x00"}}, url), url)
+    assert found.reason == "a\ufffdb\ufffdc 😀" and found.details == {"\ud800": "\x00"}
+    assert find_calibrations("\ud800\x00", url=url) == []
+
+
+@pytest.mark.parametrize("change", [{"underlying": "X" * 33}, {"num_samples": 2**31}, {"num_samples": -1}, {"config_hash": "x" * 65}, {"dte_min": math.nan},
+                                    {"dte_max": math.inf}, {"lookback_days": 10**400}, {"created_at": "soon"}, {"details": [1]}])
+def test_what_a_column_cannot_hold_is_refused_alike(url, change):
+    with pytest.raises(HistoryError, match=f"nothing was written: {next(iter(change))} = "):
+        insert_calibration_history({**SEVEN, **change}, url)
+
+
+def test_numbers_beyond_a_column(url):
+    insert_calibration_history({**SEVEN, "created_at": "1700-01-01T00:00:00Z"}, url)
+    assert get_calibration(1, url).created_at.year == 1700 and len(list_recent_calibrations(limit=2**70, url=url)) == 1
+    with pytest.raises(HistoryError, match="there is no run 1180591620717411303424"):
+        get_calibration(2**70, url)
+    with pytest.raises(ConfigError, match="'soon' is not a point in time"):
+        find_calibrations(since="soon", url=url)
+
+
+def test_a_locked_history_is_read_and_its_writers_are_told(tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/h.db"
+    insert_calibration_history(SEVEN, url)
+    monkeypatch.setattr("volcal.ops.history.BUSY_SECONDS", 0.2)
+    holder = sqlite3.connect(tmp_path / "h.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    assert len(list_recent_calibrations(url=url)) == 1
+    with pytest.raises(HistoryError, match="cannot be written: database is locked"):
+        insert_calibration_history(SEVEN, url)
+    holder.close()
+    assert insert_calibration_history(SEVEN, url) == 2
+
+
+def as_nobody(url, answers):
+    """What a user without rights is told; run in a child of its own."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    for task in (lambda: len(list_recent_calibrations(url=url)), lambda: insert_calibration_history(SEVEN, url)):
+        try:
+            answers.put(task())
+        except HistoryError as error:
+            answers.put(str(error))
+
+
+@pytest.mark.parametrize("file_mode,folder_mode,read,write", [
+    (0o444, 0o777, 1, "attempt to write a readonly database"), (0o000, 0o777, "unable to open database file", "unable to open database file"),
+    (0o666, 0o700, "Permission denied", "Permission denied")], ids=["read-only", "unreadable", "closed folder"])
+def test_a_history_without_rights_is_told(file_mode, folder_mode, read, write):
+    if os.geteuid() and folder_mode == 0o700:
+        pytest.skip("only root can make a folder that another user may not enter")
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{folder}/h.db"
+        insert_calibration_history(SEVEN, url)
+        os.chmod(f"{folder}/h.db", file_mode)
+        os.chmod(folder, folder_mode)
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        child = context.Process(target=as_nobody, args=(url, answers))
+        child.start()
+        for wanted in (read, write):
+            found = answers.get(timeout=60)
+            assert found == wanted if isinstance(wanted, int) else wanted in found
+        child.join(60)
+
+
+@pytest.mark.parametrize("url,told", [
+    ("history.db", "cannot be read"), (" ", "cannot be read"), ("postgresql://h:port/x", "cannot be read"), ("mysql://u@h/x", "use SQLite or PostgreSQL"),
+    ("postgresql+asyncpg://127.0.0.1/x", "write the URL without a driver"), ("sqlite:////proc/none/h.db", "cannot be made"),
+    ("sqlite:////dev/full", "full"), ("postgresql://none.invalid/x", "none.invalid")])
+def test_a_bad_url_is_told(url, told):
+    with pytest.raises(HistoryError, match=told):
+        insert_calibration_history(SEVEN, url)
 
 
 def test_reading_creates_nothing(tmp_path):

@@ -23,6 +23,7 @@ from volcal.ops.policy import (
     apply_run,
     current_applied,
     decide,
+    decision_on,
     ewma,
     list_applied,
     load_applied,
@@ -146,6 +147,26 @@ def test_degraded_is_applied_by_hand_only_with_a_warning(url):  # noqa: F811
     assert state.by == "desk" and "a gap of 9 h" in decision.warning
 
 
+def test_a_surface_that_cannot_be_used_is_not_applied(url):  # noqa: F811
+    entry = put(url, 0, 1.2, details={"recommended_metrics": {"vega_sum": 3.0}, "recommended_vol_surface": {"skew": 5}})
+    for by_hand in (False, True):
+        with pytest.raises(GuardrailError, match="cannot be used .* run the calibration again"):
+            apply_run(entry, "desk", by_hand=by_hand, url=url)
+    assert current_applied("BTC", url) is None and not get_calibration(entry.id, url).applied
+
+
+def test_a_wild_band_is_not_applied_automatically(url):  # noqa: F811
+    decision, state = apply_run(put(url, 0, 1.2, bands=[("weekly", 5.0)]), "nightly", url=url)
+    assert (decision.action, state) == ("reject", None) and "multiplier of band weekly 5 is at or above 1.6" in decision.reason
+
+
+def test_looking_writes_nothing(url):  # noqa: F811
+    entry = put(url, 0, 1.2)
+    assert decision_on(entry, url=url).action == "apply" and current_applied("BTC", url) is None and load_applied(url) == {}
+    with applied_connection(url) as connection:
+        assert connection.scalars(sa.text("SELECT component FROM volcal_schema")).all() == ["calibration_history"]
+
+
 def test_thresholds_are_settings(url):  # noqa: F811
     decision = decide([put(url, 0, 1.04)], settings=Settings(policy_min_delta=0.05))
     assert decision.action == "hold" and decision.thresholds["min_delta"] == 0.05
@@ -195,13 +216,17 @@ def test_a_table_of_the_future_is_left_alone(url):  # noqa: F811
         load_applied(url)
 
 
-@pytest.mark.parametrize("damage", ['{"iv_multiplier": "torn"}', '{"iv_multiplier": 1.2, "of_the_future": 1}', "[1, 2]", '"text"'])
-def test_the_last_good_state_loads_past_a_damaged_one(url, damage):  # noqa: F811
+@pytest.mark.parametrize("damage", ['{"iv_multiplier": "torn"}', '{"iv_multiplier": 1.1, "of_the_future": 1}', "[1, 2]", '"text"', "null",
+                                    '{"iv_multiplier": 0.4}', '{"iv_multiplier": 1e999}', '{"iv_mult'])
+def test_the_last_good_state_loads_past_a_damaged_one(url, damage, caplog):  # noqa: F811
+    if damage == '{"iv_mult' and url.startswith("postgresql"):
+        pytest.skip("PostgreSQL takes no torn JSON")
     apply_run(put(url, 0, 1.2), url=url)
     with applied_connection(url, write=True) as connection:
-        connection.execute(sa.text("INSERT INTO applied_surface (at, underlying, action, by, surface) VALUES (:at, 'BTC', 'apply', 'x', :surface)"),
-                           {"at": "2025-12-09T00:00:00.000000+00:00", "surface": damage})
+        connection.execute(sa.text("INSERT INTO applied_surface (at, underlying, action, by, multiplier, surface) "
+                                   "VALUES (:at, 'BTC', 'apply', 'x', 1.1, :surface)"), {"at": "2025-12-09T00:00:00.000000+00:00", "surface": damage})
     set_applied_surface("BTC", None)
+    assert load_applied(url)["BTC"].id == 1 and "applied surface 2 of BTC cannot be used, an earlier one serves" in caplog.text
     assert load_applied(url)["BTC"].multiplier == pytest.approx(1.2) == applied_surface("BTC").iv_multiplier
     assert apply_run(put(url, 1, 0.8), smooth=False, url=url)[1].multiplier == 0.8
 
@@ -283,6 +308,38 @@ def test_two_that_apply_at_once_make_one_chain(url):  # noqa: F811
     states = list_applied("BTC", None, url)
     assert [worker.exitcode for worker in workers] == [0] * 3 and len(states) == 18
     assert [one.before for one in states] == [one.id for one in states[1:]] + [None]
+
+
+def revert_often(url, times, start):  # noqa: F811
+    start.wait()
+    for _ in range(times):
+        try:
+            revert_applied("BTC", "reverter", url)
+        except NothingToApplyError:
+            pass
+
+
+def test_applying_and_reverting_at_once_keep_one_way_back(url):  # noqa: F811
+    runs = [put(url, day, 1.0 + day / 100) for day in range(6)]
+    context = multiprocessing.get_context("fork")
+    start = context.Event()
+    workers = [context.Process(target=apply_often, args=(url, number, runs, start)) for number in range(2)]
+    workers += [context.Process(target=revert_often, args=(url, 8, start)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    known, previous = {}, None
+    for state in reversed(list_applied("BTC", None, url)):
+        if state.action == "apply":
+            assert state.before == (previous.id if previous else None)
+        else:
+            target = known.get(previous.before)
+            assert (state.surface, state.before) == ((target.surface, target.before) if target else (None, None))
+        known[state.id] = previous = state
+    assert len([one for one in known.values() if one.action == "apply"]) == 12
 
 
 def test_a_kill_in_the_middle_leaves_the_last_state_whole(url):  # noqa: F811

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from volcal.ops.cli import app
 from volcal.settings import real_data_root
 from volcal.units import ConfigError, NoUsableDataError, StoreError
 from volcal.universe.chains import simulate
 from volcal.universe.judge import Judge, Null, comparable_sensors, market_standing, model_null, pair_score, standing
-from volcal.universe.realism import RealismParameters, RealismResult, realism_check, refused
+from volcal.universe.paths import path_model
+from volcal.universe.realism import RealismParameters, RealismResult, realism_check, realism_from_json, realism_summary, refused
 from volcal.universe.rows import block_days, deal_blocks, thin_factor
 from volcal.universe.twins import Clock, baseline_configs, fit_twin_model, model_config, quick_twin, white_noise
 from volcal.vol.regimes import fit_regimes, sample_sensors
@@ -56,13 +59,13 @@ def test_thin_data_is_scored_degraded_with_wide_bands(thin):
 
 def test_sensors_that_cannot_be_computed_are_left_out_on_both_sides_and_listed(thin):
     assert set(thin.sensors) | set(thin.left_out) == set(SENSORS) and not set(thin.sensors) & set(thin.left_out)
-    assert all(thin.market[n].notna().any() and thin.synthetic[n].notna().any() for n in thin.sensors)
+    assert all(thin.market[n].notna().any() and thin.runs[0][n].notna().any() for n in thin.sensors)
     assert {"levels", "dynamics", "returns", "surface"} <= set(thin.universe.families)
     assert all(r.name.split(" ")[0] not in thin.left_out for r in thin.metrics)
 
 
 def test_both_sides_stand_at_the_same_times(thin):
-    assert (pd.DatetimeIndex(thin.market["time"]) == pd.DatetimeIndex(thin.synthetic["time"])).all()
+    assert (pd.DatetimeIndex(thin.market["time"]) == pd.DatetimeIndex(thin.runs[0]["time"])).all()
 
 
 def test_readings_are_complete_and_json_is_plain(thin):
@@ -117,6 +120,51 @@ def test_damaged_files_are_refused_for_their_quality(tmp_path, harvest, model):
         realism_check(underlying="BTC", data_dir=str(tmp_path), model=str(model), **SMALL)
 
 
+def volcal(*words) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of the command line."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_command_line_scores_thin_data_leaves_a_report_and_exits_degraded(harvest, model, tmp_path):
+    code, out, err = volcal("realism-check", "--data-dir", harvest, "--model", model, "--days", "6", "--report-dir", tmp_path, "--json")
+    told = json.loads(out)
+    assert (code, told["status"], err) == (3, "degraded", "") and 0 < told["realism_score"] <= 1
+    page = Path(told["report"])
+    assert page.parent.parent == tmp_path / "BTC" / "realism" and "Where it differs, worst first" in page.read_text(encoding="utf-8")
+    left = realism_from_json(page.with_suffix(".json"))
+    text = realism_summary(left)
+    assert left.realism_score == told["realism_score"] and f"{left.realism_score:.2f}" in text and "white noise" in text and "DEGRADED" in text
+
+
+def test_command_line_refuses_a_harvest_of_nothing_and_says_what_is_needed(harvest, model, tmp_path):
+    window = ("--start", "2026-01-01", "--end", "2026-01-01T04:30")
+    code, out, err = volcal("realism-check", "--data-dir", harvest, "--model", model, *window, "--report-dir", tmp_path)
+    assert code == 1 and "FAILED" in out and "needed" in err and "Traceback" not in err
+    assert [p.suffix for p in (tmp_path / "BTC" / "realism").iterdir()] == [".failed"]
+
+
+@pytest.mark.parametrize("words, told", [
+    (("--model", "a.json", "--config", "b.yaml"), "give one of them"), (("--start", "2026-02-01", "--end", "2026-01-01"), "swap them"),
+    (("--start", "2026-01-01", "--days", "3"), "give one of them"), (("--days", "0"), "days"), (("--start", "soon"), "ISO"), (("--seed", "-1"), "seed"),
+    (("--underlying", "no such"), "underlying"), (("--models", "a.json"), "--models"),
+])
+def test_command_line_mistakes_are_usage(words, told):
+    code, out, err = volcal("realism-check", *words)
+    assert (code, out) == (2, "") and told in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not json", '{"regimes": "none"}', '{"regimes": [{"name": "a"}]}', '{"spot_path": {}}', "42", ""])
+@pytest.mark.parametrize("option", ["--model", "--config"])
+def test_command_line_refuses_foreign_files_before_anything_runs(option, text, tmp_path):
+    file = tmp_path / "given.json"
+    file.write_text(text)
+    code, out, err = volcal("realism-check", "--data-dir", tmp_path, option, file, "--report-dir", tmp_path / "reports")
+    assert (code, out) == (1, "") and err.startswith("volcal: ") and "Traceback" not in err
+    assert not (tmp_path / "reports").exists()
+
+
 def test_parameters_that_contradict_are_refused():
     with pytest.raises(ConfigError, match="give one of them"):
         RealismParameters(model="a.json", config="b.yaml")
@@ -149,6 +197,11 @@ def test_another_run_of_the_model_is_seldom_rejected(truth):
         auc = judge.auc(rows)
         rejected += null.p_value(pair_score(judge, rows, auc), auc) <= 0.05
     assert rejected <= 2
+
+
+def test_runs_of_one_model_share_its_pilot(truth):
+    spec = truth[0].spot_path
+    assert spec.iv_target is not None and path_model(spec) is path_model(spec)
 
 
 def test_null_p_value_is_two_sided_over_score_and_auc():

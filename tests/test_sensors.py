@@ -18,11 +18,14 @@ from volcal.vol.sensors import (
     chain_levels,
     daily_bars,
     expiry_groups,
+    expiry_table,
     finish_sensors,
     harvest_sensor_table,
     harvest_sensors,
     iv_history_of,
     iv_rank,
+    level_columns,
+    price_levels,
     snapshot_sensors,
     wilder_adx,
     wilder_rsi,
@@ -267,7 +270,7 @@ def test_candles_are_preferred_and_named(tmp_path):
 
 def test_groups_that_are_known_already_give_the_same():
     chain = normalize_chain(pd.concat([sample_snapshot(time=t).assign(snapshot=i) for i, t in enumerate(pd.date_range("2026-03-02", periods=4, freq="5h"))]))
-    pd.testing.assert_frame_equal(chain_levels(chain)[0], chain_levels(chain, expiry_groups(chain.frame))[0])
+    pd.testing.assert_frame_equal(chain_levels(chain)[0], pd.DataFrame(level_columns(chain, expiry_table(chain.columns, expiry_groups(chain.columns)))))
 
 
 REAL = real_data_root()
@@ -290,3 +293,23 @@ def test_times_need_not_be_nanoseconds():
     levels = pd.DataFrame({"time": pd.date_range(START, periods=3, freq="1h").as_unit("us"), "spot": 100.0, "iv_7d": 0.5, "iv_30d": 0.4, "skew_25d": 0.01})
     table = finish_sensors(levels, from_candles(candles(24 * 60, start=START - pd.Timedelta(days=58))))
     assert np.isfinite(table.vector()["vrp_30d"]) and (epoch_ns(table.frame["time"]) == epoch_ns(levels["time"])).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_prices_of_snapshots_are_the_medians_of_pandas(seed: int) -> None:
+    rng, n = np.random.default_rng(seed), 400
+    snapshot = np.sort(rng.integers(0, 9, n)).astype(np.int32)
+    time = pd.Timestamp("2026-03-02", tz="UTC") + pd.to_timedelta(15 * snapshot, "min") + pd.to_timedelta(rng.integers(0, 90, n), "s")
+    expiry = pd.Timestamp("2026-03-03T08:00Z") + pd.to_timedelta(rng.integers(0, 1 + 90 * (seed % 3), n), "D")
+    frame = pd.DataFrame({"snapshot": snapshot, "harvest_time": time.as_unit("ns"), "expiry": expiry.as_unit("ns"),
+                          "underlying_price": rng.choice([0.0, -1.0, np.nan, *rng.uniform(1, 2, 30)], n), "index_price": rng.choice([np.nan, 1.0, 2.0], n)})
+    frame.loc[rng.random(n) < 0.1, "harvest_time"] = pd.NaT
+    frame.loc[rng.random(n) < 0.1, "expiry"] = pd.NaT
+    frame.loc[frame["snapshot"] == 4, "index_price"] = np.nan
+    found, dated = price_levels(frame), frame[frame["harvest_time"].notna()]
+    by = dated.groupby("snapshot")
+    np.testing.assert_array_equal(found.levels["index_price"], by["index_price"].median())
+    assert found.levels["time"].tolist() == by["harvest_time"].max().tolist()
+    forwards = dated[dated["underlying_price"] > 0].groupby(["snapshot", "expiry"])["underlying_price"].median()
+    np.testing.assert_array_equal(found.forwards["forward"], forwards)
+    assert pd.to_datetime(found.forwards["expiry_ns"], utc=True).tolist() == forwards.index.get_level_values("expiry").tolist()

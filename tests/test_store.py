@@ -453,3 +453,32 @@ def test_real_harvests_read_the_same_when_compacted(tmp_path):
         assert report.bytes_after < report.bytes_before and report.snapshots == len(before.refs)
         pd.testing.assert_frame_equal(as_rows(after), as_rows(before))
         assert [f.reason for f in after.failures] == [f.reason for f in before.failures]
+
+
+@pytest.mark.parametrize("tell_arrow", [True, False], ids=["with the Arrow schema in the footer", "without, as other writers"])
+def test_files_alike_are_judged_once_but_each_that_differs_on_its_own(tmp_path, monkeypatch, tell_arrow):
+    judged = []
+    monkeypatch.setattr(room, "check_schema", lambda schema, judge=room.check_schema: judged.append(schema) or judge(schema))
+    monkeypatch.setattr(room, "_SHAPES", {})
+    def write(minute: int, frame: pd.DataFrame) -> None:
+        path = put(tmp_path, minute, frame)
+        pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path, store_schema=tell_arrow)
+    for minute in range(0, 40, 2):
+        write(minute, snapshot(minute))
+    write(1, snapshot(1).assign(strike="a lot"))
+    write(3, snapshot(3).drop(columns="mark_iv"))
+    write(5, snapshot(5).assign(strike=np.arange(6, dtype="int32") + 1))
+    batch = day_of(Store(tmp_path))
+    assert [(f.time.minute, f.reason, f.columns) for f in batch.failures] == [(1, "wrong_kind", ("strike",)), (3, "missing_columns", ("mark_iv",))]
+    assert len(batch.refs) == 21 and len(judged) < 10
+    assert as_rows(batch).query("minute.dt.minute == 5")["strike"].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+def test_columns_asked_for_are_those_of_a_whole_reading(tmp_path):
+    store, wanted = Store(tmp_path), ["harvest_time", "expiry", "mark_price"]
+    for minute in (0, 15, 30):
+        put(tmp_path, minute, snapshot(minute))
+    for _ in range(2):  # as small files, then compacted
+        few, every = (store.read_batch(store.find("BTC"), columns).frame for columns in (wanted, None))
+        pd.testing.assert_frame_equal(few, every[["snapshot", *wanted]])
+        store.compact("BTC", DAY)

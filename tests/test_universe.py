@@ -18,11 +18,13 @@ from volcal.settings import real_data_root
 from volcal.units import ConfigError
 from volcal.universe.chains import SyntheticConfig, SyntheticUniverse, arbitrage_report, build_chain, load_synthetic_config, simulate
 from volcal.universe.paths import SpotPath, simulate_paths
-from volcal.universe.regime_builder import build_regimes, write_calibrated_regimes, write_yaml_block
+from volcal.universe.regime_builder import build_regimes, synthetic_block, write_calibrated_regimes, write_yaml_block
+from volcal.universe.twins import Clock, quick_twin
 from volcal.vol.clusters import fit_ar1, linked_pairs, smoothed_transitions, transition_counts
+from volcal.vol.overrides import clear_iv_multiplier_overrides, set_iv_multiplier_override
 from volcal.vol.regimes import RegimeModel, RegimeParams, fit_regimes, sample_sensors
 from volcal.vol.sensors import harvest_sensors
-from volcal.vol.surface import VolSurface, compute_synthetic_iv_with_skew, template_skew
+from volcal.vol.surface import VolSurface, compute_synthetic_iv_with_skew, set_applied_surface, template_skew
 
 SEEDS = 50
 MULTIPLIER = 0.95
@@ -191,6 +193,63 @@ def test_every_surface_field_changes_a_chain(field):
 
 PATH_FIELDS = {"drift": 2.0, "vol": 0.9, "weight": 9.0, "mean_duration": 500.0, "phi_iv": 0.9, "sigma_iv": 0.1, "phi_skew": 0.9, "sigma_skew": 0.1,
                "spot_iv_corr": -0.9, "iv_rv_beta": -0.9, "iv_multiplier": 2.0}
+BANDS = [{"name": "weekly", "min_dte": 0, "max_dte": 15, "iv_multiplier": 1.0}, {"name": "monthly", "min_dte": 15, "max_dte": 50, "iv_multiplier": 1.0}]
+
+
+def test_bands_of_a_regime_and_the_fade_change_a_chain():
+    """Term multipliers per regime act in a simulated chain, and later expiries follow a departure of IV less."""
+    def front_and_back(**fields):
+        regime = {**REGIMES[0], "sigma_iv": 0.1, **fields}
+        universe = SyntheticUniverse(market(4, True, max_expiry_days=60, vol_surface={**SURFACE, "dte_bands": BANDS},
+                                            spot_path={"start_spot": 90_000, "regimes": [regime]}), days=2)
+        chain = build_chain(universe, "2025-10-02T12:00")
+        near = (chain["strike"] / chain["underlying_price"] - 1).abs() < 0.02
+        days = pd.to_datetime(chain["expiry"]).map(lambda d: (d.tz_localize("UTC") - pd.Timestamp("2025-10-02T12:00Z")).days)
+        return np.array([chain["mark_iv"][near & (days > a) & (days < b)].mean() for a, b in ((4, 12), (25, 45))])
+    flat, steep, fading = front_and_back(), front_and_back(iv_multiplier_by_band={"weekly": 1.0, "monthly": 1.2}), front_and_back(iv_fade=0.2)
+    assert steep[0] == pytest.approx(flat[0]) and steep[1] == pytest.approx(1.2 * flat[1], rel=0.02)
+    assert fading[0] == pytest.approx(flat[0], rel=0.03) and abs(fading[1] / flat[1] - 1) > 0.03
+
+
+def test_priority_of_multipliers_in_a_simulated_chain():
+    """Override, regime's calibrated, regime's band, regime's own, applied surface's, config's; each one cleared gives the next."""
+    def iv(**fields):
+        config = market(4, False, vol_surface={**SURFACE, "dte_bands": BANDS}, spot_path={"start_spot": 90_000, "regimes": [{**REGIMES[0], **fields}]})
+        chain = build_chain(SyntheticUniverse(config, days=2), "2025-10-02T12:00")
+        return chain.loc[(chain["strike"] / chain["underlying_price"] - 1).abs().idxmin(), "mark_iv"]
+    own, band, calibrated = {"iv_multiplier": 1.1}, {"iv_multiplier_by_band": {"weekly": 1.2}}, {"calibrated_iv_multiplier": 1.3}
+    plain = iv()
+    try:
+        set_applied_surface("BTC", {**SURFACE, "iv_multiplier": 1.05})
+        assert iv() == pytest.approx(1.05 * plain, rel=1e-3)
+        set_applied_surface("BTC", None)
+        ladder = [iv(), iv(**own), iv(**own, **band), iv(**own, **band, **calibrated)]
+        set_iv_multiplier_override("BTC", 0, 10, 1.4)
+        ladder.append(iv(**own, **band, **calibrated))
+    finally:
+        set_applied_surface("BTC", None)
+        clear_iv_multiplier_overrides("BTC")
+    assert np.array(ladder) / plain == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4], rel=1e-3)
+
+
+def test_an_override_moves_the_marks_of_a_synthetic_chain_and_clearing_restores_them():
+    universe = SyntheticUniverse(market(1, True), days=2)
+    def marks(): return build_chain(universe, "2025-10-02T12:00").set_index("instrument_name")["mark_price"]
+    before = marks()
+    try:
+        set_iv_multiplier_override("BTC", 3, 10, 1.5 * MULTIPLIER)
+        during = marks()
+    finally:
+        clear_iv_multiplier_overrides("BTC")
+    dte = pd.to_datetime(before.index.str.split("-").str[1], format="%d%b%y") - pd.Timestamp("2025-10-02T04:00")
+    inside = (dte >= pd.Timedelta(days=3)) & (dte <= pd.Timedelta(days=10))
+    assert (during[inside] > before[inside]).mean() > 0.9 and during[dte < pd.Timedelta(days=3)].equals(before[dte < pd.Timedelta(days=3)])
+    assert marks().equals(before)
+
+
+def test_spot_stands_at_start_spot_when_the_first_snapshot_is_written():
+    universe = SyntheticUniverse(market(11, True), days=1)
+    assert build_chain(universe, universe.config.start_time)["index_price"].iloc[0] == 90_000
 
 
 @pytest.mark.parametrize("field", sorted(PATH_FIELDS))
@@ -301,31 +360,97 @@ def real_sensors(asset):
     return SENSORS[asset]
 
 
-def dynamics(x, returns, iv_moves, linked):
-    """Standard deviation and first autocorrelation of x, correlation of the return with the change of ln IV."""
+def moments(x, returns, log_iv, linked):
+    """Spread and first autocorrelation of x, correlation of the return with the move of ln IV."""
     pairs = linked[1:]
-    return np.array([x.std(), np.corrcoef(x[1:][pairs], x[:-1][pairs])[0, 1], np.corrcoef(returns[1:][pairs], iv_moves[1:][pairs])[0, 1]])
+    return np.array([x.std(), np.corrcoef(x[1:][pairs], x[:-1][pairs])[0, 1], np.corrcoef(returns[1:][pairs], np.diff(log_iv)[pairs])[0, 1]])
 
 
-@pytest.mark.skipif(REAL is None or not (REAL / "deribit_6h").is_dir(), reason="real data is not here (VOLCAL_REAL_DATA)")
+needs_real = pytest.mark.skipif(REAL is None or not (REAL / "deribit_6h").is_dir(), reason="real data is not here (VOLCAL_REAL_DATA)")
+
+
+@needs_real
 @pytest.mark.parametrize("asset", ["BTC", "ETH"])
-def test_simulated_iv_moves_like_the_fitted_market(tmp_path, asset):
-    sensors = real_sensors(asset)
-    model = fit_regimes(sensors)
+def test_regimes_of_the_market_are_firm_or_say_so(asset):
+    model = fit_regimes(real_sensors(asset))
     assert min(model.occupancy().values()) >= 0.03 and np.diag(model.matrix).max() < 1
     assert {n for n, v in model.evidence["visits"].items() if v < 3} == set(model.evidence["transitions_not_estimable"])
+    assert model.stationary() == pytest.approx(model.occupancy(), abs=1e-6)
+    chosen = [row for row in model.evidence["k"] if row["chosen"]]
+    assert len(chosen) == 1 and chosen[0]["seed_agreement"] >= 0.8
+    again = RegimeModel.from_json(model.to_json())
+    assert np.array_equal(again.predict(real_sensors(asset)), model.predict(real_sensors(asset)))
+
+
+@needs_real
+@pytest.mark.parametrize("step", ["6h", "1h"])
+@pytest.mark.parametrize("innovations", ["gaussian", "student_t", "bootstrap"])
+@pytest.mark.parametrize("asset", ["BTC", "ETH"])
+def test_simulated_iv_moves_like_the_fitted_market(tmp_path, asset, innovations, step):
+    """Means over 200 paths, looked at every six hours, within 10 % of the data's."""
+    sensors = real_sensors(asset)
+    model = fit_regimes(sensors)
     model.to_json(tmp_path / "model.json")
     level = np.log([r.iv_multiplier for r in model.regimes])
     labels, ratio = model.predict(sensors), np.log(sensors["iv_7d"] / sensors["rv_7d"]).to_numpy()
     kept = (labels >= 0) & np.isfinite(ratio)
     spot, iv = (np.log(sensors[c].to_numpy()[kept]) for c in ("spot", "iv_7d"))
     time_ns = pd.DatetimeIndex(sensors["time"][kept]).as_unit("ns").asi8
-    data = dynamics(ratio[kept] - level[labels[kept]], np.diff(spot, prepend=spot[0]), np.diff(iv, prepend=iv[0]), linked_pairs(time_ns))
-    n, window = int(kept.sum()), 28
-    paths = simulate_paths(SpotPath(start_spot=1, model=str(tmp_path / "model.json"), step="6h"), 200, n + window, seed=5, burn=400)
-    moves = np.diff(paths.log_return, axis=1, prepend=0.0)
-    squares = np.cumsum(moves**2, axis=1)
-    rv = 0.5 * np.log(squares[:, window:] - squares[:, :-window])
-    found = np.mean([dynamics(x, r, np.diff(v + x + level[g], prepend=0.0), np.ones(n, dtype=bool)) for x, r, v, g in zip(
-        paths.iv[:, window:], moves[:, window:], rv, paths.regime[:, window:], strict=True)], axis=0)
+    data = moments(ratio[kept] - level[labels[kept]], np.diff(spot, prepend=spot[0]), iv, linked_pairs(time_ns))
+    n, every = int(kept.sum()), {"6h": 1, "1h": 6}[step]
+    window = 28 * every
+    spec = SpotPath(start_spot=1, model=str(tmp_path / "model.json"), step=step, innovations=innovations)
+    paths = simulate_paths(spec, 200, n * every + window, seed=5, burn=400 * every)
+    squares = np.cumsum(np.diff(paths.log_return, axis=1, prepend=0.0) ** 2, axis=1)
+    rv = 0.5 * np.log(squares[:, window:] - squares[:, :-window])[:, ::every]
+    spots, x, regime = (a[:, window::every] for a in (paths.log_return, paths.iv, paths.regime))
+    rows, whole = zip(x, spots, rv, regime, strict=True), np.ones(n, dtype=bool)
+    found = np.mean([moments(a, np.diff(s, prepend=s[0]), v + a + level[g], whole) for a, s, v, g in rows], axis=0)
     assert np.abs(found / data - 1).max() <= 0.10, (found, data)
+
+
+@needs_real
+@pytest.mark.parametrize("asset", ["BTC", "ETH"])
+def test_a_learned_universe_has_the_market_s_term_structure(asset):
+    """Slope per regime, as the model labels both; what a move of the front does to the slope and to 30 days."""
+    history = REAL / "history" / "BTC_ohlc_1h.parquet"
+    build = build_regimes({"underlying": asset, "data_dir": str(REAL / "deribit_6h"), "out": "",
+                           "price_history": str(history) if asset == "BTC" and history.exists() else ""})
+    clock = Clock(asset, pd.DatetimeIndex(build.sensors["time"]), 0, "candles" if asset == "BTC" else "index_price")
+    config = load_synthetic_config(synthetic_block(build))
+    twins = [quick_twin(config, clock, seed) for seed in range(6)]
+    def answer(f):
+        front, slope, later = (f[c].diff().to_numpy()[1:] for c in ("iv_7d", "term_slope", "iv_30d"))
+        return np.array([np.corrcoef(front, slope)[0, 1], front @ later / (front @ front)])
+    real, found = answer(build.sensors), np.mean([answer(t) for t in twins], axis=0)
+    assert np.abs(found - real).max() <= 0.10, (found, real)
+    labels = np.concatenate([build.model.predict(t) for t in twins])
+    slopes = np.concatenate([t["term_slope"] for t in twins])
+    for i, r in enumerate(build.model.regimes):
+        assert abs(slopes[labels == i].mean() - r.sensor_means["term_slope"]) <= 0.04, r.name
+    assert np.corrcoef([slopes[labels == i].mean() for i in range(len(build.model.regimes))],
+                       [r.sensor_means["term_slope"] for r in build.model.regimes])[0, 1] > 0.9
+
+
+def test_simulate_prices_by_what_is_applied(tmp_path, monkeypatch):
+    """The command loads applied surfaces, uses that of the asset, and says so."""
+    from typer.testing import CliRunner
+
+    import volcal.ops.policy as policy
+    from volcal.ops.cli import app
+
+    config = tmp_path / "market.json"
+    config.write_text(market(1, False).model_dump_json())
+    def told(name):
+        done = CliRunner().invoke(app, ["simulate", str(config), "--days", "0.25", "--out", str(tmp_path / name), "--json"])
+        store = Store(str(tmp_path / name))
+        return json.loads(done.stdout)["surface"], store.read_batch(store.find("BTC")).frame["mark_iv"].median()
+    monkeypatch.setattr(policy, "load_applied", lambda *_: {})
+    plain = told("a")
+    monkeypatch.setattr(policy, "load_applied", lambda *_: set_applied_surface("BTC", {**SURFACE, "iv_multiplier": 1.3 * MULTIPLIER}))
+    try:
+        applied = told("b")
+    finally:
+        set_applied_surface("BTC", None)
+    assert plain[0] == "of the config" and applied[0].startswith("applied to BTC")
+    assert applied[1] == pytest.approx(1.3 * plain[1], rel=0.02)

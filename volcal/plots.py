@@ -5,6 +5,7 @@
 # %% ../nbs/00_foundation/02_plots.ipynb #665b868c
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,24 +22,37 @@ BAD = "#CC79A7"
 GOOD = "#009E73"
 WARN = "#E69F00"
 CYCLE = (RECOMMENDED, SYNTHETIC, GOOD, BAD, "#56B4E9", WARN, MARKET)
+
+# %% ../nbs/00_foundation/02_plots.ipynb #64f5b2aa
 STYLE: dict[str, Any] = {
     "figure.dpi": 100,
     "figure.constrained_layout.use": True,
     "font.size": 9.5,
     "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "image.cmap": "cividis",
 }
 
-# %% ../nbs/00_foundation/02_plots.ipynb #60a7a52f
+# %% ../nbs/00_foundation/02_plots.ipynb #c7b6b435
+@cache
+def _axes_class() -> type:
+    """Axes with their title on the left and a legend without a border; a caller's own wish comes first."""
+    from matplotlib.axes import Axes
+
+    class VolcalAxes(Axes):
+        def set_title(self, label: str, fontdict: Any = None, loc: Any = "left", **kwargs: Any) -> Any:  # type: ignore[override]
+            return super().set_title(label, fontdict, loc, **kwargs)
+
+        def legend(self, *args: Any, **kwargs: Any) -> Any:
+            return super().legend(*args, **{"edgecolor": "none", "framealpha": 0.85, **kwargs})
+
+    return VolcalAxes
+
+# %% ../nbs/00_foundation/02_plots.ipynb #04b1f31d
 def figure(
     rows: int = 1,  # rows of axes
     cols: int = 1,  # columns of axes
@@ -52,6 +66,7 @@ def figure(
 
     if not plt.isinteractive():  # a notebook's backend loads late, and its interactive mode would be lost with the context
         plt.switch_backend(plt.get_backend())
+    kwargs["subplot_kw"] = {"axes_class": _axes_class(), **kwargs.get("subplot_kw", {})}
     with plt.rc_context({**STYLE, "axes.prop_cycle": cycler(color=CYCLE)}):  # type: ignore[dict-item]
         fig, axes = plt.subplots(rows, cols, figsize=(width, height), **kwargs)
     return fig, axes

@@ -5,44 +5,61 @@
 # %% ../nbs/00_foundation/01_settings.ipynb #a0e2011a
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from functools import lru_cache
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .units import ConfigError
 
 # %% auto #0
 __all__ = ['ANCHOR_DELTAS', 'FAR_DELTAS', 'SYNTHETIC_ANCHORS_CALL', 'SYNTHETIC_ANCHORS_PUT', 'CALL_PREMIUM_ANCHORS_CALL',
-           'CALL_PREMIUM_ANCHORS_PUT', 'Settings', 'get_settings', 'real_data_root']
+           'CALL_PREMIUM_ANCHORS_PUT', 'log', 'Settings', 'misspelt_variables', 'get_settings', 'real_data_root']
 
 # %% ../nbs/00_foundation/01_settings.ipynb #e18b6007
-ANCHOR_DELTAS = (0.15, 0.25, 0.35)
-FAR_DELTAS = (0.02, 0.05, 0.10)
+ANCHOR_DELTAS = (0.15, 0.25, 0.35)  # |delta|, in every template and fit
+FAR_DELTAS = (0.02, 0.05, 0.10)  # |delta|, in a fit only
 SYNTHETIC_ANCHORS_CALL = {0.15: 1.05, 0.25: 1.02, 0.35: 1.01}
 SYNTHETIC_ANCHORS_PUT = {0.15: 1.14, 0.25: 1.07, 0.35: 1.03}
 CALL_PREMIUM_ANCHORS_CALL = {0.15: 1.14, 0.25: 1.07, 0.35: 1.03}
 CALL_PREMIUM_ANCHORS_PUT = {0.15: 1.05, 0.25: 1.02, 0.35: 1.01}
 
 # %% ../nbs/00_foundation/01_settings.ipynb #1f50f0a2
-class Settings(BaseSettings):
-    """Values that the environment may change: `VOLCAL_DATABASE_URL`, `VOLCAL_DATA_ROOT`, and so on."""
+def _user_cache() -> str:
+    """`volcal/days` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "volcal", "days")
 
-    model_config = SettingsConfigDict(env_prefix="VOLCAL_", extra="ignore", env_ignore_empty=True)
+
+class _Places(BaseSettings):
+    """Where volcal looks and writes."""
+
+    model_config = SettingsConfigDict(env_prefix="VOLCAL_", extra="ignore", env_ignore_empty=True, allow_inf_nan=False)
 
     database_url: str = Field("sqlite:///data/calibration_history.db", description="SQLAlchemy URL of the calibration history")
     data_root: str = Field("data/live_deribit", description="root of the harvest: a path or an fsspec URL")
     report_dir: str = Field("reports", description="where job reports are kept")
+    cache_dir: str = Field(default_factory=_user_cache, description="where finished days are kept: a folder or an fsspec URL")
     deribit_url: str = Field("https://www.deribit.com/api/v2", description="base URL of the exchange; test.deribit.com for the testnet")
     real_data: str | None = Field(None, description="folder of real market data for tests and lessons")
+
+# %% ../nbs/00_foundation/01_settings.ipynb #3ba874bf
+class _Surface(_Places):
+    """The default surface."""
 
     synthetic_rv_window_days: float = Field(30.0, gt=0, description="default realized-vol window of a surface, days")
     synthetic_iv_multiplier: float = Field(1.0, gt=0, description="default multiplier on realized vol")
     synthetic_skew_enabled: bool = Field(True, description="whether the default surface has a skew")
     synthetic_skew_min_dte: float = Field(3.0, ge=0, description="first day to expiry at which skew applies")
     synthetic_skew_max_dte: float = Field(14.0, gt=0, description="last day to expiry at which skew applies")
+
+# %% ../nbs/00_foundation/01_settings.ipynb #90899a4c
+class Settings(_Surface):
+    """Values that the environment may change: `VOLCAL_DATABASE_URL`, `VOLCAL_DATA_ROOT`, and so on."""
 
     guardrail_min_multiplier: float = Field(0.7, description="a multiplier at or below this fails")
     guardrail_max_multiplier: float = Field(1.6, description="a multiplier at or above this fails")
@@ -60,9 +77,32 @@ class Settings(BaseSettings):
     policy_ewma_alpha: float = Field(0.3, gt=0, le=1, description="weight of the newest day in the smoothing")
     policy_smoothing_window_days: int = Field(14, ge=1, description="days of history that the smoothing reads")
 
+    @field_validator("synthetic_skew_max_dte", "guardrail_max_multiplier")
+    @classmethod
+    def _above_its_minimum(cls, value: float, info: ValidationInfo) -> float:
+        low = str(info.field_name).replace("_max_", "_min_")
+        if low in info.data and value <= info.data[low]:
+            raise ValueError(f"must be above {low} = {info.data[low]:g}")
+        return value
+
 # %% ../nbs/00_foundation/01_settings.ipynb #2d59bc7c
+log = logging.getLogger("volcal.settings")
+
+
+def misspelt_variables(
+    names: list[str],  # names of environment variables
+) -> dict[str, str]:  # a variable that is no setting, and the setting that it resembles
+    """Variables that look as if they were meant to be a setting."""
+    known = [f"VOLCAL_{name}".upper() for name in Settings.model_fields]
+    strange = [name for name in names if name.startswith("VOLCAL_") and name not in known]
+    near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in strange}
+    return {name: matches[0] for name, matches in near.items() if matches}
+
+# %% ../nbs/00_foundation/01_settings.ipynb #91d33429
 @lru_cache(maxsize=1)
 def _cached_settings() -> Settings:
+    for name, near in misspelt_variables(list(os.environ)).items():
+        log.warning("%s is no setting and changes nothing; did you mean %s?", name, near)
     return Settings()
 
 
@@ -74,14 +114,17 @@ def get_settings(
         _cached_settings.cache_clear()
     try:
         return _cached_settings()
-    except ValueError as error:
-        raise ConfigError(f"settings from VOLCAL_* do not fit, nothing was loaded; correct or unset: {error}") from error
+    except ValidationError as error:
+        told = "; ".join(f"VOLCAL_{str(e['loc'][0]).upper()} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"the environment does not fit, so no settings were loaded; correct or unset {told}") from error
 
 # %% ../nbs/00_foundation/01_settings.ipynb #ae90ff18
 def real_data_root() -> Path | None:
-    """The folder of real market data: `VOLCAL_REAL_DATA`, else `shared/data` beside a parent of the working folder, else None."""
-    named = os.environ.get("VOLCAL_REAL_DATA")
-    if named:
-        return Path(named) if Path(named).is_dir() else None
+    """The folder of real market data: `real_data`, else `shared/data` beside a parent of the working folder, else None."""
+    if named := get_settings().real_data:
+        if not Path(named).is_dir():
+            log.warning("VOLCAL_REAL_DATA names %r, which is no folder: real data is skipped; correct or unset it", named)
+            return None
+        return Path(named)
     here = Path.cwd().resolve()
     return next((p for parent in (here, *here.parents) if (p := parent / "shared" / "data").is_dir()), None)

@@ -5,6 +5,12 @@
 # %% ../nbs/00_foundation/00_units.ipynb #460d1445
 from __future__ import annotations
 
+import os
+import stat
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +20,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['DAYS_PER_YEAR', 'SECONDS_PER_DAY', 'NS_PER_DAY', 'NS_PER_YEAR', 'VOL_POINT', 'EXPIRY_HOUR_UTC', 'SETTLEMENT_MINUTES',
-           'to_utc', 'epoch_ns', 'days_between', 'year_fraction', 'pct_to_decimal', 'decimal_to_pct', 'coin_to_usd',
-           'usd_to_coin', 'VolcalError', 'ConfigError', 'InstrumentNameError', 'SchemaError', 'StoreError',
-           'NoUsableDataError', 'PricingError', 'FitError', 'DeribitError', 'GuardrailError', 'HistoryError',
-           'JobError']
+           'NO_TIME_NS', 'VolcalError', 'ConfigError', 'PricingError', 'FitError', 'InstrumentNameError', 'SchemaError',
+           'StoreError', 'NoUsableDataError', 'DeribitError', 'GuardrailError', 'HistoryError', 'JobError', 'to_utc',
+           'epoch_ns', 'days_between', 'year_fraction', 'pct_to_decimal', 'decimal_to_pct', 'coin_to_usd',
+           'usd_to_coin', 'kernel_cache_dir']
 
 # %% ../nbs/00_foundation/00_units.ipynb #5a1bb01e
 DAYS_PER_YEAR = 365.0
@@ -27,78 +33,6 @@ NS_PER_YEAR = 365 * NS_PER_DAY
 VOL_POINT = 0.01
 EXPIRY_HOUR_UTC = 8
 SETTLEMENT_MINUTES = 30
-
-# %% ../nbs/00_foundation/00_units.ipynb #a589b827
-def to_utc(
-    when: Any,  # ISO text, `datetime`, `Timestamp` or `datetime64`
-) -> pd.Timestamp:  # the same instant, UTC-aware
-    """Read a point in time; one without a zone is UTC. Raises `ConfigError` where it is not a time."""
-    import pandas as pd
-
-    try:
-        stamp = pd.Timestamp(when)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{when!r} is not a point in time, so no window can be built; write ISO, e.g. 2026-03-27T08:00Z") from error
-    if stamp is pd.NaT:
-        raise ConfigError(f"{when!r} is not a point in time, so no window can be built; write ISO, e.g. 2026-03-27T08:00Z")
-    return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
-
-
-def epoch_ns(
-    times: Any,  # (n,) datetimes of any kind, or one
-) -> np.ndarray:  # (n,) int64 nanoseconds since 1970 UTC
-    """Timestamps as integers, whatever resolution they are stored in."""
-    import pandas as pd
-
-    index = pd.DatetimeIndex(pd.to_datetime(np.atleast_1d(times) if np.ndim(times) == 0 else times, utc=True))
-    return index.as_unit("ns").asi8
-
-# %% ../nbs/00_foundation/00_units.ipynb #c033bb5e
-def days_between(
-    start: Any,  # (n,) or one datetime
-    end: Any,  # (n,) or one datetime
-) -> Any:  # (n,) float64 days; negative where `end` comes first
-    """Elapsed days of 24 hours."""
-    days = (epoch_ns(end) - epoch_ns(start)) / NS_PER_DAY
-    return float(days[0]) if np.ndim(start) == 0 and np.ndim(end) == 0 else days
-
-
-def year_fraction(
-    start: Any,  # (n,) or one datetime
-    end: Any,  # (n,) or one datetime
-) -> Any:  # (n,) float64 years
-    """Elapsed years, ACT/365 fixed, as Deribit counts them."""
-    return days_between(start, end) / DAYS_PER_YEAR
-
-# %% ../nbs/00_foundation/00_units.ipynb #926c4822
-def pct_to_decimal(
-    pct: Any,  # percent, 45.0
-) -> Any:  # decimal, 0.45
-    """Percent to decimal."""
-    return np.asarray(pct, dtype=np.float64) / 100.0
-
-# %% ../nbs/00_foundation/00_units.ipynb #bfd6e1c2
-def decimal_to_pct(
-    decimal: Any,  # decimal, 0.45
-) -> Any:  # percent, 45.0
-    """Decimal to percent."""
-    return np.asarray(decimal, dtype=np.float64) * 100.0
-
-# %% ../nbs/00_foundation/00_units.ipynb #87a77424
-def coin_to_usd(
-    price_coin: Any,  # price in units of the underlying coin
-    usd_per_coin: Any,  # index (or forward) in USD
-) -> Any:  # price in USD
-    """Coin price to dollars."""
-    return np.asarray(price_coin, dtype=np.float64) * np.asarray(usd_per_coin, dtype=np.float64)
-
-# %% ../nbs/00_foundation/00_units.ipynb #49761fb9
-def usd_to_coin(
-    price_usd: Any,  # price in USD
-    usd_per_coin: Any,  # index (or forward) in USD
-) -> Any:  # price in units of the underlying coin
-    """Dollars to coin price."""
-    return np.asarray(price_usd, dtype=np.float64) / np.asarray(usd_per_coin, dtype=np.float64)
 
 # %% ../nbs/00_foundation/00_units.ipynb #db794ca3
 class VolcalError(Exception):
@@ -112,62 +46,181 @@ class ConfigError(VolcalError, ValueError):
 
     code = "config"
 
+
+class PricingError(VolcalError, ValueError):
+    """Arguments that no pricing formula takes, such as arrays of clashing shapes."""
+
+    code = "pricing"
+
+
+class FitError(VolcalError):
+    """A fit that was asked for and cannot be made from this data."""
+
+    code = "fit"
+
 # %% ../nbs/00_foundation/00_units.ipynb #2ca4eeb4
 class InstrumentNameError(VolcalError, ValueError):
     """A text that is not a Deribit option name."""
 
     code = "instrument_name"
 
-# %% ../nbs/00_foundation/00_units.ipynb #11cb4655
+
 class SchemaError(VolcalError, ValueError):
     """A file or frame without the columns that its place requires."""
 
     code = "schema"
 
-# %% ../nbs/00_foundation/00_units.ipynb #aaeb369c
+
 class StoreError(VolcalError):
     """A snapshot store that cannot be read from or written to as asked."""
 
     code = "store"
 
-# %% ../nbs/00_foundation/00_units.ipynb #4b623b77
+
 class NoUsableDataError(VolcalError):
     """A window in which nothing can be calibrated."""
 
     code = "no_usable_data"
 
-# %% ../nbs/00_foundation/00_units.ipynb #98dbdf1c
-class PricingError(VolcalError, ValueError):
-    """Arguments that no pricing formula takes, such as arrays of clashing shapes."""
 
-    code = "pricing"
-
-# %% ../nbs/00_foundation/00_units.ipynb #761dc037
-class FitError(VolcalError):
-    """A fit that was asked for and cannot be made from this data."""
-
-    code = "fit"
-
-# %% ../nbs/00_foundation/00_units.ipynb #34b65155
 class DeribitError(VolcalError):
     """An answer of the exchange that is an error, or not of the documented shape."""
 
     code = "deribit"
 
-# %% ../nbs/00_foundation/00_units.ipynb #e4495d8c
+# %% ../nbs/00_foundation/00_units.ipynb #11cb4655
 class GuardrailError(VolcalError):
     """An attempt to apply what the guardrails forbid."""
 
     code = "guardrail"
 
-# %% ../nbs/00_foundation/00_units.ipynb #86b4d7b7
+
 class HistoryError(VolcalError):
     """A calibration history that cannot be read or written."""
 
     code = "history"
 
-# %% ../nbs/00_foundation/00_units.ipynb #a8f619d9
+
 class JobError(VolcalError):
     """A job that could not be started or left no result."""
 
     code = "job"
+
+# %% ../nbs/00_foundation/00_units.ipynb #f95566be
+NO_TIME_NS = int(np.iinfo(np.int64).min)  # how a missing time looks among integers
+
+
+def to_utc(
+    when: Any,  # ISO text, `datetime`, `Timestamp` or `datetime64`
+) -> pd.Timestamp:  # the same instant, UTC-aware
+    """Read a point in time; one without a zone is UTC. Raises `ConfigError` where it is not a time, or a number without a unit."""
+    import pandas as pd
+
+    told = f"{when!r} is not a point in time, so no window can be built; write ISO text, e.g. '2026-03-27T08:00Z'"
+    if isinstance(when, (int, float, np.number)):
+        raise ConfigError(told)
+    try:
+        stamp = pd.Timestamp(when)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(told) from error
+    if stamp is pd.NaT:
+        raise ConfigError(told)
+    if not 1678 <= stamp.year <= 2261:
+        raise ConfigError(f"{stamp.date()} is outside 1678 to 2261, the years that nanoseconds can count, so no window can be built; give a day inside")
+    return stamp.tz_localize("UTC") if stamp.tzinfo is None else stamp.tz_convert("UTC")
+
+# %% ../nbs/00_foundation/00_units.ipynb #d677efc2
+def epoch_ns(
+    times: Any,  # (n,) datetimes of any kind, or one
+) -> np.ndarray:  # (n,) int64 nanoseconds since 1970 UTC; `NO_TIME_NS` where there is none
+    """Timestamps as integers, whatever resolution they are stored in."""
+    import pandas as pd
+
+    index = pd.DatetimeIndex(pd.to_datetime(np.atleast_1d(times) if np.ndim(times) == 0 else times, utc=True))
+    return index.as_unit("ns").asi8
+
+# %% ../nbs/00_foundation/00_units.ipynb #a60e4272
+def days_between(
+    start: Any,  # (n,) or one datetime
+    end: Any,  # (n,) or one datetime
+) -> Any:  # (n,) float64 days; negative where `end` comes first, NaN where a time is missing
+    """Elapsed days of 24 hours."""
+    first, last = epoch_ns(start), epoch_ns(end)
+    days = np.where((first == NO_TIME_NS) | (last == NO_TIME_NS), np.nan, (last - first) / NS_PER_DAY)
+    return float(days[0]) if np.ndim(start) == 0 and np.ndim(end) == 0 else days
+
+
+def year_fraction(
+    start: Any,  # (n,) or one datetime
+    end: Any,  # (n,) or one datetime
+) -> Any:  # (n,) float64 years; negative where `end` comes first, NaN where a time is missing
+    """Elapsed years, ACT/365 fixed, as Deribit counts them."""
+    return days_between(start, end) / DAYS_PER_YEAR
+
+# %% ../nbs/00_foundation/00_units.ipynb #02adfbe9
+def pct_to_decimal(
+    pct: Any,  # percent, 45.0
+) -> Any:  # decimal, 0.45
+    """Percent to decimal."""
+    return np.asarray(pct, dtype=np.float64) / 100.0
+
+
+def decimal_to_pct(
+    decimal: Any,  # decimal, 0.45
+) -> Any:  # percent, 45.0
+    """Decimal to percent."""
+    return np.asarray(decimal, dtype=np.float64) * 100.0
+
+# %% ../nbs/00_foundation/00_units.ipynb #ef8ef174
+def coin_to_usd(
+    price_coin: Any,  # price in units of the underlying coin
+    usd_per_coin: Any,  # index (or forward) in USD
+) -> Any:  # price in USD
+    """Coin price to dollars."""
+    return np.asarray(price_coin, dtype=np.float64) * np.asarray(usd_per_coin, dtype=np.float64)
+
+
+def usd_to_coin(
+    price_usd: Any,  # price in USD
+    usd_per_coin: Any,  # index (or forward) in USD
+) -> Any:  # price in units of the underlying coin
+    """Dollars to coin price."""
+    return np.asarray(price_usd, dtype=np.float64) / np.asarray(usd_per_coin, dtype=np.float64)
+
+# %% ../nbs/00_foundation/00_units.ipynb #c071356a
+def _writable(path: Path) -> bool:
+    """Whether the folder `path`, or the nearest existing one above it, can be written to."""
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+# %% ../nbs/00_foundation/00_units.ipynb #142f720c
+def _private_folder(path: Path) -> Path:
+    """`path`, made if need be, when it is this user's alone; else a new folder with a random name."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        seen = path.lstat()
+        mine = stat.S_ISDIR(seen.st_mode) and seen.st_uid == os.getuid() and not seen.st_mode & 0o022
+    except OSError:
+        mine = False
+    return path if mine else Path(tempfile.mkdtemp(prefix=path.name + "-", dir=path.parent))
+
+# %% ../nbs/00_foundation/00_units.ipynb #d35a4295
+def kernel_cache_dir(
+    package: Path,  # folder of the package's modules
+    user_cache: Path,  # the user's cache folder
+    temporary: Path,  # where a folder of the user's own may be made
+) -> Path | None:  # folder for NUMBA_CACHE_DIR; None where numba's own choice can be written to
+    """The folder that keeps compiled kernels where neither `package` nor `user_cache` can be written to."""
+    if _writable(package) or _writable(user_cache):
+        return None
+    return _private_folder(temporary / f"volcal-kernels-{os.getuid()}")
+
+# %% ../nbs/00_foundation/00_units.ipynb #85e22f37
+if "NUMBA_CACHE_DIR" not in os.environ:
+    _spec = find_spec("volcal")
+    _package = Path(_spec.submodule_search_locations[0]) if _spec and _spec.submodule_search_locations else Path.cwd()
+    _user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    if _kept := kernel_cache_dir(_package, _user_cache, Path(tempfile.gettempdir())):
+        os.environ["NUMBA_CACHE_DIR"] = str(_kept)
+        if "numba" in sys.modules:
+            sys.modules["numba"].config.CACHE_DIR = str(_kept)

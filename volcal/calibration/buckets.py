@@ -6,27 +6,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
 from .config import CalibrationConfig
 from .residuals import COL, metrics_from_sums, ratio
+from ..units import ConfigError
 
 # %% auto #0
-__all__ = ['TERM_EDGES', 'WEEKDAYS', 'bucket_of', 'bucket_names', 'GroupLayout', 'group_layout', 'group_labels', 'bucket_entry']
+__all__ = ['TERM_EDGES', 'WEEKDAYS', 'bucket_kernel', 'bucket_of', 'bucket_names', 'GroupLayout', 'group_layout', 'LabelTable',
+           'label_table', 'group_labels', 'bucket_entry']
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #9f699f8c
 @njit(cache=True, nogil=True, error_model="numpy")
-def _bucket_kernel(value, edges, out):
+def bucket_kernel(value, edges, out):
+    """Number of the half-open bucket of each value, the last one closed; -1 outside, for NaN, and without edges."""
     last = edges.size - 1
+    out[:] = 0 if last > 0 else -1
+    if last < 1:
+        return
+    for edge in edges[1:last]:
+        for i in range(value.size):
+            out[i] += value[i] >= edge
     for i in range(value.size):
-        x, number = value[i], -1
-        if edges[0] <= x <= edges[last]:
-            while number < last - 1 and x >= edges[number + 1]:
-                number += 1
-        out[i] = number
+        out[i] = out[i] if edges[0] <= value[i] <= edges[last] else -1
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #fb13c111
 def bucket_of(
@@ -35,18 +40,19 @@ def bucket_of(
 ) -> np.ndarray:  # (n,) int32 bucket number, -1 outside or NaN
     """Number of the half-open bucket of each value; the last bucket is closed."""
     out = np.empty(len(value), dtype=np.int32)
-    _bucket_kernel(np.ascontiguousarray(value, dtype=np.float64), np.asarray(edges, dtype=np.float64), out)
+    bucket_kernel(np.ascontiguousarray(value, dtype=np.float64), np.asarray(edges, dtype=np.float64), out)
     return out
 
-# %% ../../nbs/30_calibration/33_buckets.ipynb #65be0b7e
+# %% ../../nbs/30_calibration/33_buckets.ipynb #d540aa68
 def bucket_names(
     prefix: str,  # "dte" or "abs_delta"
-    edges: list[float],
-) -> list[str]:
+    edges: list[float],  # (m + 1,) ascending
+) -> list[str]:  # (m,) names, all different
     """`dte_0_7`, `abs_delta_0.25_0.40`, ..."""
 
     def text(x: float) -> str:
-        return f"{x:.2f}" if prefix == "abs_delta" else f"{x:g}"
+        short = f"{x:.2f}" if prefix == "abs_delta" else f"{x:g}"
+        return short if float(short) == x else repr(float(x))
 
     return [f"{prefix}_{text(low)}_{text(high)}" for low, high in zip(edges, edges[1:])]
 
@@ -60,8 +66,8 @@ class GroupLayout:
     """Numbering of the groups of one config."""
 
     partitions: dict[str, list[str]]  # partition to its group names, in the order of their numbers
-    start: dict[str, int] = field(init=False)
-    size: int = field(init=False)
+    start: dict[str, int] = field(init=False)  # number of a partition's first group
+    size: int = field(init=False)  # number of groups
 
     def __post_init__(self) -> None:
         start, total = {}, 0
@@ -71,8 +77,11 @@ class GroupLayout:
         object.__setattr__(self, "size", total)
 
     def number(self, partition: str, group: str) -> int:
-        """Row of a group in the sums."""
-        return self.start[partition] + self.partitions[partition].index(group)
+        """Row of a group in the sums. Raises `ConfigError` for a group that this config does not report."""
+        groups = self.partitions.get(partition, [])
+        if group not in groups:
+            raise ConfigError(f"group {group!r} of {partition!r} is not reported by this config, so it has no sums; there are {groups}")
+        return self.start[partition] + groups.index(group)
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #7b5212e5
 def group_layout(
@@ -92,51 +101,76 @@ def group_layout(
     return GroupLayout(parts)
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #6ab60b1b
-def group_labels(
-    layout: GroupLayout,
-    config: CalibrationConfig,
-    columns: dict[str, np.ndarray],  # dte, abs_delta, sign, weekday (0 = Monday), regime: each (n,)
-    selected: dict[str, np.ndarray],  # (n,) bool for "headline", "buckets" and each "band:<name>"
-) -> np.ndarray:  # (n, partitions) int32 group numbers, -1 where a row is in none
-    """Group numbers of each row, one column per partition that has groups."""
-    dte = columns["dte"]
-    kind = np.where(columns["sign"] > 0, 0, 1)
-    type_number = np.array([layout.partitions["type"].index(t) if t in layout.partitions["type"] else -1 for t in ("C", "P")])[kind]
-    numbers: dict[str, np.ndarray] = {
-        "headline": np.zeros(dte.size, dtype=np.int32),
-        "type": type_number,
-        "weekday": columns["weekday"],
-        "regime": columns["regime"],
-        "term": bucket_of(dte, TERM_EDGES),
-    }
-    if config.bucket_by_dte:
-        numbers["dte"] = bucket_of(dte, config.bucket_by_dte)
-    if config.bucket_by_abs_delta:
-        numbers["delta"] = bucket_of(columns["abs_delta"], config.bucket_by_abs_delta)
-    if config.bucket_by_dte and config.bucket_by_abs_delta:
-        both = (numbers["dte"] >= 0) & (numbers["delta"] >= 0)
-        numbers["joint"] = np.where(both, numbers["dte"] * len(layout.partitions["delta"]) + numbers["delta"], -1)
-    for band in config.bands or []:
-        numbers |= {f"band:{band.name}": numbers["headline"], f"band_type:{band.name}": type_number}
-    out = np.empty((dte.size, len(numbers)), dtype=np.int32)
-    for column, (name, number) in enumerate(numbers.items()):
-        member = selected[_selection(name)] & (number >= 0) & (number < len(layout.partitions[name]))
-        out[:, column] = np.where(member, number + layout.start[name], -1)
-    return out
-
-# %% ../../nbs/30_calibration/33_buckets.ipynb #b11fecc5
 def _selection(partition: str) -> str:
     """Which sample a partition counts."""
     if partition in ("dte", "delta", "joint"):
         return "buckets"
     return partition.replace("band_type:", "band:") if partition.startswith("band") else "headline"
 
+
+_KINDS = ("headline", "type", "weekday", "regime", "term", "dte", "delta", "joint")
+
+
+class LabelTable(NamedTuple):
+    """A layout as the compiled loops read it."""
+
+    partitions: np.ndarray  # (p, 4) int64 of those that have groups: kind, first group, groups, bit of its sample
+    types: np.ndarray  # (2,) int64, place of C and P among the types, -1 none
+    term: np.ndarray  # edges, days
+    dte: np.ndarray  # edges, days; empty for no buckets
+    delta: np.ndarray  # edges; empty for no buckets
+
+
+def label_table(
+    layout: GroupLayout,
+    config: CalibrationConfig,
+    samples: dict[str, int],  # the bit of "headline", "buckets" and each "band:<name>"
+) -> LabelTable:
+    """The numbering of groups for `group_labels`."""
+    def kind(name: str) -> int:
+        return _KINDS.index("type" if name.startswith("band_type:") else "headline" if name.startswith("band:") else name)
+    filled = {name: groups for name, groups in layout.partitions.items() if groups}
+    partitions = np.array([[kind(name), layout.start[name], len(groups), samples[_selection(name)]] for name, groups in filled.items()])
+    kinds = layout.partitions["type"]
+    types = np.array([kinds.index(one) if one in kinds else -1 for one in ("C", "P")])
+    return LabelTable(partitions, types, *(np.array(edges or [], dtype=float) for edges in (TERM_EDGES, config.bucket_by_dte, config.bucket_by_abs_delta)))
+
+# %% ../../nbs/30_calibration/33_buckets.ipynb #b11fecc5
+@njit(cache=True, nogil=True, error_model="numpy")
+def group_labels(
+    table,  # `LabelTable`
+    sign,  # (n,) +1 call, -1 put
+    weekday,  # (n,) 0 = Monday
+    regime,  # (n,) regime number, -1 unknown
+    dte,  # (n,) days
+    abs_delta,  # (n,)
+    member,  # (n,) int64, one bit per sample
+    buckets,  # (3, n or more) int32, scratch
+    labels,  # (n or more, partitions) int32 group numbers, -1 where a row is in none: filled
+):
+    """Group numbers of each row."""
+    partitions, types, term_edges, dte_edges, delta_edges = table
+    n, place = dte.size, np.zeros(8, dtype=np.int64)
+    by_term, by_dte, by_delta = buckets[0][:n], buckets[1][:n], buckets[2][:n]
+    bucket_kernel(dte, term_edges, by_term)
+    bucket_kernel(dte, dte_edges, by_dte)
+    bucket_kernel(abs_delta, delta_edges, by_delta)
+    for i in range(n):
+        d, a = by_dte[i], by_delta[i]
+        place[1], place[2], place[3] = types[0] if sign[i] > 0.0 else types[1], weekday[i], regime[i]
+        place[4], place[5], place[6] = by_term[i], d, a
+        place[7] = d * (delta_edges.size - 1) + a if d >= 0 and a >= 0 else -1
+        for p in range(partitions.shape[0]):
+            at = place[partitions[p, 0]]
+            inside = (member[i] >> partitions[p, 3]) & 1
+            labels[i, p] = partitions[p, 1] + at if inside and 0 <= at < partitions[p, 2] else -1
+
 # %% ../../nbs/30_calibration/33_buckets.ipynb #755c7d78
 def bucket_entry(
     sums: np.ndarray,  # (columns,) sums of the bucket
     multiplier: float,  # recommended multiplier of the bucket, NaN if none
 ) -> dict[str, Any]:
-    """The metrics of one bucket, with its average mark and synthetic IV."""
+    """The metrics of one bucket, with its average mark and synthetic IV; `vega_sum` is the sum of vega / forward, as in every result."""
     entry = metrics_from_sums(sums)
     entry["avg_mark_iv"] = ratio(sums[COL["mark_iv"]], sums[COL["count"]])
     entry["avg_synth_iv"] = ratio(sums[COL["synthetic_iv"]], sums[COL["count"]])

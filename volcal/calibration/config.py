@@ -8,20 +8,27 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from datetime import datetime
+import logging
+from datetime import date, datetime
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..settings import get_settings
 from ..units import ConfigError, to_utc
 
+if TYPE_CHECKING:
+    from volcal.vol.surface import VolSurface
+
+log = logging.getLogger("volcal.config")
+
 # %% auto #0
-__all__ = ['DEFAULT_DTE_EDGES', 'DEFAULT_ABS_DELTA_EDGES', 'Asset', 'UtcTime', 'OptionTypes', 'DteEdges', 'AbsDeltaEdges',
-           'MultiplierMethod', 'DEFAULT_BANDS', 'nearest_key', 'ConfigPart', 'SkewConfig', 'BandConfig',
-           'CalibrationFilters', 'HarvestConfig', 'CoreConfig', 'CalibrationConfig', 'load_mapping', 'load_config',
-           'config_hash', 'recipe_hash', 'describe_config']
+__all__ = ['log', 'DEFAULT_DTE_EDGES', 'DEFAULT_ABS_DELTA_EDGES', 'Asset', 'UtcTime', 'OptionTypes', 'DteEdges', 'AbsDeltaEdges',
+           'MultiplierMethod', 'DEFAULT_BANDS', 'nearest_key', 'spoken', 'ConfigPart', 'JobParameters', 'SkewConfig',
+           'BandConfig', 'CalibrationFilters', 'HarvestConfig', 'CoreConfig', 'CalibrationConfig', 'judged_surface',
+           'load_mapping', 'load_config', 'config_hash', 'recipe_hash', 'describe_config']
 
 # %% ../../nbs/30_calibration/30_config.ipynb #83584f2d
 def nearest_key(
@@ -33,6 +40,25 @@ def nearest_key(
     return f"did you mean {close[0]}?" if close else "known keys: " + ", ".join(known)
 
 # %% ../../nbs/30_calibration/30_config.ipynb #83742ced
+def spoken(
+    value: Any,  # as it was given
+    depth: int = 4,  # what is nested deeper is left out
+) -> str:
+    """A value as a person writes it: text in quotes, times in ISO, nothing for none."""
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if not depth:
+            return "..."
+        inside = [(f"{key}: ", item) for key, item in value.items()] if isinstance(value, dict) else [("", item) for item in value]
+        pairs = [key + spoken(item, depth - 1) for key, item in inside]
+        told = ", ".join(pairs)
+        return f"{{{told}}}" if isinstance(value, dict) else f"[{told}]"
+    if isinstance(value, Enum):
+        return spoken(value.value)
+    if isinstance(value, (date, datetime)):
+        return value.isoformat()
+    return "nothing" if value is None else repr(value) if isinstance(value, str) else str(value)
+
+# %% ../../nbs/30_calibration/30_config.ipynb #635c41b2
 def _sentence(model: type[BaseModel], error: Any) -> str:
     """One pydantic failure of `model` in words."""
     path, fields = ".".join(str(part) for part in error["loc"]), model.model_fields
@@ -44,7 +70,10 @@ def _sentence(model: type[BaseModel], error: Any) -> str:
     about = fields[path.split(".")[0]].description if path.split(".")[0] in fields else "see the documentation"
     if error["type"] == "missing":
         return f"{path} is missing and has no default; add it ({about})"
-    return f"{path} = {error['input']!r}: {error['msg'].replace('Input should', 'it must')}; it is: {about}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{path} = {spoken(error['input'])[:200]} does not have the form of one; it is: {about}"
+    told = error["msg"].replace("Input should", "it must").replace("String should", "it must")
+    return f"{path} = {spoken(error['input'])[:200]}: {told}; it is: {about}"
 
 # %% ../../nbs/30_calibration/30_config.ipynb #9084634c
 _NUMBERS = (int, float, int | None, float | None)
@@ -81,6 +110,15 @@ def _config_error(model: type[BaseModel], error: ValidationError) -> ConfigError
     told.failures = failures  # type: ignore[attr-defined]
     return told
 
+# %% ../../nbs/30_calibration/30_config.ipynb #801e74bc
+class JobParameters(ConfigPart):
+    """What a job notebook takes. A notebook's parameter cell writes an empty text for none, where none is the default."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any, info: Any) -> Any:
+        return None if isinstance(value, str) and not value and cls.model_fields[info.field_name].default is None else value
+
 # %% ../../nbs/30_calibration/30_config.ipynb #f3feca0a
 DEFAULT_DTE_EDGES = (0.0, 7.0, 14.0, 30.0, 60.0, 120.0)
 DEFAULT_ABS_DELTA_EDGES = (0.0, 0.10, 0.25, 0.40, 0.60, 0.75, 0.90, 1.0)
@@ -94,7 +132,7 @@ def _time(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, (bool, int, float)):
-        raise ValueError(f"{value!r} is a number, not a point in time, so no window can be built; write ISO, e.g. 2026-03-27T08:00Z")
+        raise ValueError(f"{value} is a number, not a point in time, so no window can be built; write ISO, e.g. 2026-03-27T08:00Z")
     return to_utc(value).to_pydatetime()
 
 # %% ../../nbs/30_calibration/30_config.ipynb #4ef0412d
@@ -120,7 +158,7 @@ def _edges(default: tuple[float, ...], upper: float, name: str) -> Any:
             return list(default)
         edges = [float(edge) for edge in value] if _is_numbers(value) else []
         if len(edges) < 2 or edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= upper:
-            raise ValueError(f"{value!r} are not bucket edges, so rows would fall in none or in two; "
+            raise ValueError(f"{spoken(value)} are not bucket edges, so rows would fall in none or in two; "
                              f"give at least two ascending {name} values in [0, {upper:g}], or true for {list(default)}")
         return edges
     return BeforeValidator(read)
@@ -220,12 +258,12 @@ class CoreConfig(ConfigPart):
     underlying: Asset = Field(description="asset, as in the harvest layout: BTC, ETH, SOL_USDC")
     min_dte: float = Field(3, ge=0, description="first day to expiry of the headline metrics, inclusive")
     max_dte: float = Field(30, ge=0, description="last day to expiry of the headline metrics, inclusive")
-    iv_multiplier: float = Field(1.0, gt=0, le=10, description="multiplier on realized vol of the surface to judge")
+    iv_multiplier: float = Field(1.0, gt=0, le=10, description="multiplier on realized vol of the surface to judge, unless vol_surface says it")
     default_iv: float = Field(0.6, gt=0, le=10, description="volatility used where realized vol is not trusted, decimal (0.6 = 60 %)")
     rv_window_days: float = Field(7, gt=0, description="window of realized volatility, days")
     risk_free_rate: float = Field(0.0, ge=-1, le=1, description="annual rate, decimal, continuous; discounts linear options only")
     max_samples: int | None = Field(80, ge=0, description="most options per snapshot after filters; 0 or none = all")
-    skew: SkewConfig = Field(default_factory=SkewConfig, description="where the skew applies")
+    skew: SkewConfig = Field(default_factory=SkewConfig, description="where the skew applies, unless vol_surface says it")
 
 # %% ../../nbs/30_calibration/30_config.ipynb #40a3b56d
 class CalibrationConfig(CoreConfig):
@@ -233,6 +271,10 @@ class CalibrationConfig(CoreConfig):
 
     source: Literal["live", "harvested"] = Field("live", description="the exchange now, or a harvest")
     harvest: HarvestConfig | None = Field(None, description="which snapshots; required when source is harvested")
+    vol_surface: dict[str, Any] | None = Field(
+        None, description="the surface to judge, as `volcal update-vol-surface` writes it; its iv_multiplier, rv_window_days and skew days "
+        "replace the fields of that name; none = realized vol x iv_multiplier with the template's skew"
+    )
     option_types: OptionTypes = Field(["C"], description="C, P or both")
     bands: list[BandConfig] | None = Field(None, description="term bands; true = weekly 3-10, monthly 20-40, quarterly 60-100")
     bucket_by_dte: DteEdges = Field(None, description="edges of DTE buckets, days; true = 0, 7, 14, 30, 60, 120")
@@ -275,14 +317,49 @@ def _expand(name: str | None, value: Any) -> Any:
 def _check_config(config: CalibrationConfig) -> None:
     """What no single field can know; also gives the harvest its asset."""
     _ordered(config.min_dte, config.max_dte)
+    _judge_surface(config)
     names = [band.name for band in config.bands or ()]
     if len(set(names)) < len(names):
-        raise ValueError(f"bands are named {names}, so one would hide another in the result; give each its own name")
+        raise ValueError(f"bands are named {', '.join(names)}, so one would hide another in the result; give each its own name")
     if config.source == "harvested" and config.harvest is None:
         raise ValueError("source is 'harvested' but there is no harvest section, so nothing can be read; "
                          "add harvest: {data_root: ...} or use source: live")
     if config.harvest is not None and config.harvest.underlying is None:
         object.__setattr__(config, "harvest", config.harvest.model_copy(update={"underlying": config.underlying}))
+
+# %% ../../nbs/30_calibration/30_config.ipynb #0838cd5e
+_PLAIN_FIELDS = ("iv_multiplier", "rv_window_days", "skew")
+
+
+def judged_surface(
+    config: CalibrationConfig,
+) -> VolSurface:
+    """The config's `vol_surface`, completed from the plain fields. Raises `ValueError` for one that cannot be judged."""
+    from volcal.vol.surface import VolSurface, template_skew
+
+    plain = {"iv_multiplier": config.iv_multiplier, "rv_window_days": config.rv_window_days, "skew": template_skew(**config.skew.model_dump())}
+    try:
+        surface = VolSurface.model_validate({**plain, **(config.vol_surface or {})})
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors())
+        raise ValueError(f"vol_surface is no surface, so nothing can be judged: {told}; see `volcal update-vol-surface`") from None
+    if surface.use_regime_vrp:
+        raise ValueError("vol_surface.use_regime_vrp adds a premium that depends on the regime, which a calibration does not judge; set it to false")
+    return surface
+
+# %% ../../nbs/30_calibration/30_config.ipynb #1e265949
+def _judge_surface(config: CalibrationConfig) -> None:
+    """Complete `vol_surface`, and let the plain fields say what it says."""
+    if config.vol_surface is None:
+        return
+    surface = judged_surface(config)
+    skew = SkewConfig(enabled=surface.skew.enabled, min_dte=surface.skew.min_dte, max_dte=surface.skew.max_dte)
+    found = {"iv_multiplier": surface.iv_multiplier, "rv_window_days": surface.rv_window_days, "skew": skew}
+    passed = [name for name in _PLAIN_FIELDS if name in config.model_fields_set and getattr(config, name) != found[name]]
+    if passed:
+        log.info("vol_surface is judged; %s of the config say otherwise and do not count", " and ".join(passed))
+    for name, value in {**found, "vol_surface": surface.model_dump(mode="json")}.items():
+        object.__setattr__(config, name, value)
 
 # %% ../../nbs/30_calibration/30_config.ipynb #4b76f504
 def _unique(pairs: list[tuple[Any, Any]]) -> dict:
@@ -318,11 +395,19 @@ def load_mapping(
         data = json.loads(text, object_pairs_hook=_unique) if path.suffix.lower() == ".json" else _read_yaml(text)
     except OSError as error:
         raise ConfigError(f"config {path} cannot be read ({error.strerror}), so nothing was run; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path} is not text, so nothing was run; give a YAML or JSON file") from error
+    except RecursionError as error:
+        raise ConfigError(f"config {path} is nested too deeply, so nothing was run; see data/configs") from error
     except (ConfigError, ValueError) as error:
-        raise ConfigError(f"config {path}: {error}") from error
+        raise ConfigError(f"config {path}: {'' if isinstance(error, ConfigError) else 'not readable, so nothing was run: '}{error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"config {path} holds {type(data).__name__}, not keys and values, so nothing was run; see data/configs")
+        held = _HELD.get(type(data), "a single value")
+        raise ConfigError(f"config {path} holds {held}, not keys and values, so nothing was run; see data/configs")
     return data
+
+
+_HELD: dict[type, str] = {type(None): "nothing", list: "a list"}
 
 # %% ../../nbs/30_calibration/30_config.ipynb #d0dc9333
 def load_config(
@@ -334,7 +419,7 @@ def load_config(
     if isinstance(source, dict):
         return CalibrationConfig(**{str(key): value for key, value in source.items()})
     if not isinstance(source, (str, Path)):
-        raise ConfigError(f"{type(source).__name__} is not a config; pass a CalibrationConfig, a dict or a path")
+        raise ConfigError(f"{spoken(source)} is not a config; pass a CalibrationConfig, a dict or a path")
     data = load_mapping(source)
     try:
         return CalibrationConfig(**{str(key): value for key, value in data.items()})
@@ -343,6 +428,7 @@ def load_config(
 
 # %% ../../nbs/30_calibration/30_config.ipynb #4f6efb23
 _WHERE_AND_WHEN = ("data_root", "start_time", "end_time", "price_history")
+_JUDGED = ("vol_surface", "iv_multiplier")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -360,8 +446,8 @@ def config_hash(
 def recipe_hash(
     config: CalibrationConfig,
 ) -> str:  # 16 hex digits
-    """A name for what is done, whatever the window and the place of the data."""
-    content = config.model_dump(mode="json")
+    """A name for what is done, whatever the window, the place of the data and the level of the surface that is judged."""
+    content = {key: value for key, value in config.model_dump(mode="json").items() if key not in _JUDGED}
     content["harvest"] = {key: value for key, value in (content["harvest"] or {}).items() if key not in _WHERE_AND_WHEN}
     return _digest(content)
 

@@ -38,13 +38,13 @@ from volcal.calibration.result import (
     frame_to_rows,
     to_plain,
 )
-from .skew_fit import FittedSkew
+from .skew_fit import FittedSkew, pooled_sides
 from .sums import Fit, Plan, Sums, errors_of, fit_sums, group_candidates, stacked, surface_iv, trim_sample
 from ..settings import ANCHOR_DELTAS
 from ..units import DAYS_PER_YEAR, ConfigError, NoUsableDataError
 from ..vol.overrides import active_iv_multiplier_overrides
 from ..vol.sensors import RESULT_SENSORS, SensorTable, sensor_summary
-from ..vol.surface import DteBand, SkewSurface, VolSurface, template_skew
+from ..vol.surface import DteBand, SkewSurface, VolSurface, template_skew, term_multiplier
 
 # %% auto #0
 __all__ = ['DATASET_COLUMNS', 'RESULT_ROWS', 'calibrate_iv_multiplier_from_dataset', 'recommended_surface', 'surface_dict',
@@ -190,8 +190,8 @@ def _skew_block(skew: SkewSurface, config: CalibrationConfig, fitted: FittedSkew
     sides = fitted.by_side if fitted else own
     pooled = fitted.pooled if fitted else skew.anchor_ratios
     if pooled is None:
-        names = ["call"] if config.option_types == ["C"] else ["call", "put"]
-        pooled = {d: float(np.mean([sides[n][d] for n in names if n in sides])) for d in ANCHOR_DELTAS}
+        used = [sides[name] for name in pooled_sides(config.option_types) if name in sides]
+        pooled = {d: float(np.mean([side[d] for side in used])) for d in ANCHOR_DELTAS} if used else {}
     return SkewFit(
         anchor_ratios={anchor_key(d): pooled.get(d) for d in ANCHOR_DELTAS},
         anchor_ratios_by_side={s: {anchor_key(d): t.get(d) for d in ANCHOR_DELTAS} for s, t in sides.items()},
@@ -218,8 +218,9 @@ RESULT_ROWS = 5_000
 
 
 def _row_records(rows: pd.DataFrame, plan: Plan, recommended: VolSurface) -> pd.DataFrame:
-    """The seeded sample of rows that a result shows, under the configured and the recommended surface."""
-    sample = rows.nsmallest(RESULT_ROWS, "row_key").sort_values(["time_ns", "instrument_name"]).reset_index(drop=True)
+    """The seeded sample of headline rows that a result shows, under the configured and the recommended surface."""
+    shown = rows.loc[rows["in_headline"], "row_key"].nsmallest(RESULT_ROWS).index
+    sample = rows.loc[shown].sort_values(["time_ns", "instrument_name"]).reset_index(drop=True)
     c = row_columns(sample)
     iv = surface_iv(plan.surface, c)
     price, pct, ive = errors_of(c, iv)
@@ -283,8 +284,8 @@ def _minimisers(rows: pd.DataFrame, fit: Fit, plan: Plan) -> dict[int, tuple[flo
     """Group number to (multiplier, is a bound)."""
     layout, config = plan.layout, plan.config
 
-    def best(mask: pd.Series | np.ndarray) -> tuple[float, bool]:
-        multiplier, _, bound = best_multiplier(row_columns(rows[mask]), fit.template)
+    def best(mask: pd.Series) -> tuple[float, bool]:
+        multiplier, _, bound = best_multiplier(row_columns(rows, mask.to_numpy()), fit.template)
         return multiplier, bound
 
     out = {0: best(rows["in_headline"])}
@@ -376,13 +377,12 @@ def _ladder_block(v: Verdict, sums: Sums, plan: Plan) -> list[Any]:
 # %% ../../nbs/30_calibration/36_engine.ipynb #e49fdac0
 def _metric_blocks(v: Verdict, sums: Sums, plan: Plan) -> dict[str, Any]:
     """Metrics of the configured and of the recommended surface, the sampled rows, the buckets."""
-    metrics, main = metrics_from_sums(sums.groups[0]), v.rows[v.rows["in_headline"]]
-    c = row_columns(main)
+    metrics, c = metrics_from_sums(sums.groups[0]), row_columns(v.rows, v.rows["in_headline"].to_numpy())
     buckets, summary = _bucket_results(sums, v.fit, plan)
     dropped = {name: int(count) for name, count in sums.liquidity.items()}
     return {
         "count": metrics["count"], "mae_pct": metrics["mae_pct"], "bias_pct": metrics["bias_pct"], "rows_total": metrics["count"],
-        "rows": frame_to_rows(_row_records(main, plan, v.surface)) if plan.config.return_rows else [],
+        "rows": frame_to_rows(_row_records(v.rows, plan, v.surface)) if plan.config.return_rows else [],
         "global_metrics": global_metrics(metrics, v.multiplier), "buckets": buckets, "residuals_summary": summary,
         "recommended_metrics": global_metrics(measure(c, surface_iv(v.surface, c)), v.multiplier),
         "liquidity_filters": LiquidityFilters(**plan.config.filters.model_dump(), dropped_count=sum(dropped.values()), dropped_by_reason=dropped),
@@ -454,23 +454,28 @@ def finish(
     )
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #b759a9c4
+def _counted(events: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in events.items()) or "there were none"
+
+
 def _nothing_left(plan: Plan, sums: Sums, events: Counter) -> str:
     """Where the rows of an empty headline went."""
     config = plan.config
     told = {**{k: int(v) for k, v in events.items() if v}, **{k: int(v) for k, v in sums.liquidity.items() if v}}
     return (
         f"0 options of {config.underlying} count ({'/'.join(config.option_types)}, {config.min_dte:g} to {config.max_dte:g} days), so nothing was fitted; "
-        f"what became of the rows: {told or 'there were none'}; widen the window, the DTE range or the filters"
+        f"what became of the rows: {_counted(told)}; widen the window, the DTE range or the filters"
     )
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #44b003d6
 def _surface_diff(surface: VolSurface, plan: Plan, bands: list[BandResult], found: SkewFit | None, current: SkewFit) -> VolSurfaceDiff:
-    """Recommended minus configured."""
+    """Recommended minus judged; of a band against what the judged surface has in its middle."""
+    now = {b.name: float(term_multiplier(plan.surface, 0.5 * (b.min_dte + b.max_dte))[0]) for b in bands}
     return VolSurfaceDiff(
         iv_multiplier_delta=surface.iv_multiplier - plan.config.iv_multiplier,
         anchor_ratios_delta=_misfit(found, current).anchor_diffs if found else {},
         band_multiplier_delta={
-            b.name: None if b.recommended_iv_multiplier is None else b.recommended_iv_multiplier - plan.config.iv_multiplier for b in bands
+            b.name: None if b.recommended_iv_multiplier is None else b.recommended_iv_multiplier - now[b.name] for b in bands
         },
     )
 

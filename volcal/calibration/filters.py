@@ -5,73 +5,68 @@
 # %% ../../nbs/30_calibration/31_filters.ipynb #53f2cdc6
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numba import vectorize
 
 from .config import CalibrationFilters
 
 # %% auto #0
-__all__ = ['liquidity_filter', 'count_by_rule', 'time_keys', 'row_keys', 'stratified_sample']
+__all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'time_keys', 'row_keys', 'stratified_sample']
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #9ceb7427
 def liquidity_filter(
-    frame: pd.DataFrame,  # chain frame, n rows
+    columns: Mapping[str, Any] | pd.DataFrame,  # of a chain, n rows
     filters: CalibrationFilters,
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:  # (n,) kept; (n,) int8 index of the first rule failed, -1 if none; the rules' names
     """Apply the thresholds that are set. A missing value fails the rule that reads it."""
+    def column(name: str) -> np.ndarray: return np.asarray(columns[name])
     rules: dict[str, np.ndarray] = {}
-    if filters.min_mark_price is not None:
-        rules["min_mark_price"] = ~(frame["mark_price"].to_numpy() >= filters.min_mark_price)
-    if filters.min_open_interest is not None:
-        rules["min_open_interest"] = ~(frame["open_interest"].to_numpy() >= filters.min_open_interest)
-    if filters.min_vega is not None:
-        rules["min_vega"] = ~(frame["vega"].to_numpy() >= filters.min_vega)
+    for name in ("mark_price", "open_interest", "vega"):
+        least = getattr(filters, f"min_{name}")
+        if least is not None:
+            rules[f"min_{name}"] = ~(column(name) >= least)
     if filters.max_abs_moneyness is not None:
-        rules["max_abs_moneyness"] = ~(np.abs(frame["strike"].to_numpy() / frame["forward"].to_numpy() - 1.0) <= filters.max_abs_moneyness)
+        rules["max_abs_moneyness"] = ~(np.abs(column("strike") / column("forward") - 1.0) <= filters.max_abs_moneyness)
     if filters.require_two_sided:
-        rules["require_two_sided"] = ~((frame["best_bid_price"].to_numpy() > 0) & (frame["best_ask_price"].to_numpy() > 0))
-    first = np.full(len(frame), -1, dtype=np.int8)
+        rules["require_two_sided"] = ~((column("best_bid_price") > 0) & (column("best_ask_price") > 0))
+    first = np.full(len(columns["mark_price"]), -1, dtype=np.int8)
     for number, failed in enumerate(rules.values()):
         first[failed & (first < 0)] = number
     return first < 0, first, tuple(rules)
 
-# %% ../../nbs/30_calibration/31_filters.ipynb #d60fbb04
-def count_by_rule(
-    first: np.ndarray,  # (n,) index of the first rule failed, -1 if none
-    among: np.ndarray,  # (n,) rows that are asked about
-    rules: tuple[str, ...],
-) -> dict[str, int]:
-    """Rows excluded by each rule."""
-    counts = np.bincount(first[among & (first >= 0)], minlength=len(rules))
-    return {name: int(count) for name, count in zip(rules, counts)}
-
 # %% ../../nbs/30_calibration/31_filters.ipynb #7819eb1e
-def _mix(x: np.ndarray) -> np.ndarray:
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+@vectorize(["uint64(uint64)"], cache=True)
+def _mix(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-
+# %% ../../nbs/30_calibration/31_filters.ipynb #491716d6
 def time_keys(
-    time_ns: np.ndarray,  # (n,) int64
-    seed: int,
+    time_ns: np.ndarray,  # (n,) int64 nanoseconds UTC
+    seed: int,  # any whole number
 ) -> np.ndarray:  # (n,) uint64, uniform
     """A uniform key per time."""
-    offset = _mix(np.array([seed], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    offset = _mix(np.array([seed % 2**64], dtype=np.uint64) + GOLDEN_GAMMA)
     return _mix(np.asarray(time_ns, dtype=np.int64).view(np.uint64) ^ offset)
 
 
 def row_keys(
-    names: pd.Series,  # (n,) instrument names, categorical for speed
-    time_ns: np.ndarray,  # (n,) int64 time of each row's snapshot
-    seed: int,
+    names: pd.Series,  # (n,) instrument names, none missing; categorical for speed
+    time_ns: np.ndarray,  # (n,) int64 nanoseconds UTC, time of each row's snapshot
+    seed: int,  # any whole number
 ) -> np.ndarray:  # (n,) uint64, uniform
     """A uniform key per (instrument, time)."""
-    values = names.astype("category")
-    hashed = pd.util.hash_array(values.cat.categories.to_numpy(dtype=object), categorize=False)
-    return _mix(hashed[values.cat.codes.to_numpy()] ^ time_keys(time_ns, seed))
+    values = pd.Categorical(names)
+    hashed = pd.util.hash_array(values.categories.to_numpy(dtype=object), categorize=False)
+    return _mix(hashed[values.codes] ^ time_keys(time_ns, seed))
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #24382e83
 def _ranks(sorted_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def _as_float(value: Any) -> float:
     """A float, NaN for what is none."""
     try:
         return math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #bfa3f8cf

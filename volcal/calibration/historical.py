@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,78 +20,94 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .cache import FORWARDS, LEVELS, PRICES, SUMS, DayCache, DayWork
 from .config import CalibrationConfig, HarvestConfig, load_config
+from .days import CLOCK_TOLERANCE_MINUTES, DayTask, day_result, split_days
 from .engine import Source, finish
+from .executors import run_days
 from .result import CalibrationResult
-from .sums import Plan, Sums, add_sums, chain_sums, empty_sums, make_plan, stacked
-from ..market.chain import Chain, normalize_chain
+from .sums import Plan, Sums, add_sums, empty_sums, make_plan, stacked
 from ..market.quality import DataQuality, assess_window
-from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
+from ..market.store import SchemaFailure, SnapshotRef, Store, select_snapshots
 from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
-from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, realized_vol
+from ..vol.realized import MIN_INDEX_SHARE, PriceSeries, RealizedVol, choose_price_series, index_share, load_price_history, realized_vol
 from ..vol.regimes import RegimeModel, load_regime_model
-from ..vol.sensors import HarvestLevels, harvest_prices, harvest_sensor_table, iv_history_of, timeline_sensors
+from ..vol.sensors import HarvestLevels, harvest_prices, timeline_sensors
 
 log = logging.getLogger("volcal.historical")
 
 # %% auto #0
-__all__ = ['log', 'PRICE_COLUMNS', 'CLOCK_TOLERANCE_MINUTES', 'PRICE_TOLERANCE', 'CANDLE_SOURCES', 'window_refs',
-           'snapshot_prices', 'window_prices', 'DayTask', 'DayResult', 'read_day', 'day_chain', 'day_result',
-           'map_days', 'split_days', 'trusted_rv', 'labelling_model', 'window_regimes',
-           'run_historical_calibration_from_harvest']
+__all__ = ['log', 'PRICE_TOLERANCE', 'CANDLE_SOURCES', 'window_refs', 'Crew', 'snapshot_prices', 'window_prices', 'trusted_rv',
+           'labelling_model', 'window_regimes', 'regime_notes', 'run_historical_calibration_from_harvest']
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #74013043
 def _moment(when: datetime | None, otherwise: str) -> str:
     return f"{when:%Y-%m-%d %H:%M}" if when else otherwise
 
 
+def _no_snapshot(store: Store, harvest: HarvestConfig) -> NoUsableDataError:
+    """What there is instead of the window."""
+    asset = str(harvest.underlying)
+    known = store.find(asset) if asset in store.assets() else []
+    has = f"it has {', '.join(store.assets()) or 'no assets'}"
+    if known:
+        has = f"it has {len(known)} snapshots from {known[0].time:%Y-%m-%d %H:%M} to {known[-1].time:%Y-%m-%d %H:%M}"
+    return NoUsableDataError(
+        f"no snapshot of {asset} in {harvest.data_root} between {_moment(harvest.start_time, 'the oldest')} "
+        f"and {_moment(harvest.end_time, 'the newest')}, "
+        f"so nothing was calibrated; {has}; choose another window, asset or root"
+    )
+
+
 def window_refs(store: Store, harvest: HarvestConfig) -> list[SnapshotRef]:
     """Snapshots of the window, thinned. Raises `NoUsableDataError` where there is none, naming what there is."""
-    asset = str(harvest.underlying)
-    refs = store.find(asset, harvest.start_time, harvest.end_time)
+    refs = store.find(str(harvest.underlying), harvest.start_time, harvest.end_time)
     if not refs:
-        known = store.find(asset) if asset in store.assets() else []
-        has = (
-            f"it has {len(known)} snapshots from {known[0].time:%Y-%m-%d %H:%M} to {known[-1].time:%Y-%m-%d %H:%M}"
-            if known
-            else f"its assets are {store.assets()}"
-        )
-        raise NoUsableDataError(
-            f"no snapshot of {harvest.underlying} in {harvest.data_root} between {_moment(harvest.start_time, 'the oldest')} "
-            f"and {_moment(harvest.end_time, 'the newest')}, "
-            f"so nothing was calibrated; {has}; choose another window, asset or root"
-        )
+        raise _no_snapshot(store, harvest)
     return select_snapshots(refs, harvest.snapshot_step, harvest.max_snapshots or None)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #f585ee11
-PRICE_COLUMNS = ["harvest_time", "instrument_name", "expiry", "expiry_timestamp", "underlying_price", "index_price"]
+@dataclass
+class Crew:
+    """Who computes the days of a run, what they know already, and what happened to them."""
+
+    executor: Executor | None = None  # None computes here
+    cache: DayCache | None = None
+    progress: Callable[[int, int], None] | None = None  # told (days done, days) after each day of pass 1
+    counts: Counter = field(default_factory=Counter)
+
+    def map(self, work: DayWork, tasks: list[DayTask]) -> Any:
+        """Outcomes in date order; days that died with their workers are counted."""
+        before = getattr(self.executor, "lost", 0)
+        yield from run_days(work, tasks, self.executor, self.cache, self.counts)
+        self.counts["days_done_again"] += getattr(self.executor, "lost", 0) - before
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #e66bbecd
+def _plain_tasks(refs: list[SnapshotRef], config: CalibrationConfig) -> list[DayTask]:
+    """The days of some snapshots, for work that knows neither RV nor regimes yet."""
+    assert config.harvest is not None
+    return split_days(refs, config.harvest.data_root, np.zeros(len(refs)), None, make_plan(config))
 
 
-def snapshot_prices(
-    store: Store,
-    refs: list[SnapshotRef],
-    batch_size: int = 288,  # snapshots read at a time
-) -> HarvestLevels:  # levels: time, index_price; forwards: time_ns, expiry_ns, forward
-    """Index price and forwards of each snapshot, medians over its rows, without normalising it. Unreadable files are left to pass 1 to count."""
-    index, forwards = [pd.DataFrame({"time": pd.DatetimeIndex([], tz="UTC"), "index_price": []})], []
-    for start in range(0, len(refs), batch_size):
-        frame = store.read_batch(refs[start : start + batch_size], columns=PRICE_COLUMNS).frame
-        frame = frame[frame["harvest_time"].notna()]
-        last = frame.groupby("snapshot")["harvest_time"].max()
-        index.append(pd.DataFrame({"time": last, "index_price": frame.groupby("snapshot")["index_price"].median()}))
-        dated = frame[frame["expiry"].notna() & (frame["underlying_price"] > 0)]
-        by_expiry = dated.groupby(["snapshot", "expiry"])["underlying_price"].median().reset_index()
-        times = epoch_ns(last.reindex(by_expiry["snapshot"]))
-        forwards.append(pd.DataFrame({"time_ns": times, "expiry_ns": epoch_ns(by_expiry["expiry"]), "forward": by_expiry["underlying_price"]}))
-    return HarvestLevels(pd.concat(index, ignore_index=True), pd.concat(forwards, ignore_index=True))
+def snapshot_prices(refs: list[SnapshotRef], config: CalibrationConfig, crew: Crew) -> HarvestLevels:
+    """Index price of each snapshot; and its forwards, where too few have one."""
+    tasks = _plain_tasks(refs, config)
+    levels = stacked([day.table for day in crew.map(PRICES, tasks)])
+    serves = len(levels) > 0 and index_share(levels["index_price"]) >= MIN_INDEX_SHARE
+    forwards = pd.DataFrame() if serves else stacked([day.table for day in crew.map(FORWARDS, tasks)])
+    none = pd.DataFrame({"time": pd.DatetimeIndex([], tz="UTC"), "index_price": []})
+    return HarvestLevels(levels if len(levels) else none, forwards if len(forwards) else pd.DataFrame({n: [] for n in ("time_ns", "expiry_ns", "forward")}))
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #f68c9a5c
 def window_prices(
     store: Store,
-    harvest: HarvestConfig,
+    config: CalibrationConfig,  # with a harvest section
     refs: list[SnapshotRef],  # the window, in time order
+    crew: Crew | None = None,  # None: computed here
 ) -> PriceSeries | None:  # None where there is no price
     """Prices from the first source in the order that serves the window."""
+    harvest = config.harvest
+    assert harvest is not None
     asset, span = refs[0].asset, {"start": refs[0].time, "end": refs[-1].time}
     explicit = load_price_history(harvest.price_history) if harvest.price_history else None
     history = store.read_history(asset, "ohlc")
@@ -99,110 +116,9 @@ def window_prices(
             return choose_price_series(explicit, history, **span)
         except NoUsableDataError:
             log.info("prices: no candles serve the window, its snapshots are read for prices")
-    every = store.find(asset, harvest.start_time or span["start"], harvest.end_time or span["end"])
-    return harvest_prices(snapshot_prices(store, every), explicit, history, **span)
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #76d1b797
-@dataclass(frozen=True)
-class DayTask:
-    """One UTC day of the window."""
-
-    root: str
-    refs: list[SnapshotRef]
-    rv: np.ndarray  # (refs,) realized vol at each snapshot, NaN where it is not trusted
-    regime: np.ndarray | None  # (refs,) regime number
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class DayResult:
-    """What a day gave."""
-
-    sums: Sums
-    failures: list[SchemaFailure]
-
-
-def read_day(task: DayTask) -> RawBatch:
-    """The snapshots of a day, as they were harvested."""
-    harvest = task.plan.config.harvest
-    assert harvest is not None
-    return Store(task.root).read_batch(task.refs, on_schema_error=harvest.on_schema_error)
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #269c9140
-CLOCK_TOLERANCE_MINUTES = 15.0
-PRICE_TOLERANCE = 0.05
-CANDLE_SOURCES = ("price_history", "history")
-_NOT_EVENTS = ("rows", "usable", "complete_before", "complete_after", "mark_tested", "expiries", "two_sided")
-
-
-def _believable(frame: pd.DataFrame, refs: list[SnapshotRef]) -> pd.DataFrame:
-    """Rows whose harvest_time agrees with their file's name; those without a time are left for the chain to count."""
-    times = frame["harvest_time"]
-    named = np.array([ref.time.value for ref in refs], dtype=np.int64)[frame["snapshot"].to_numpy()]
-    off = (np.abs(times.array.asi8 - named) > CLOCK_TOLERANCE_MINUTES * 60e9) & times.notna().to_numpy()
-    return frame[~off] if off.any() else frame
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #79695a8d
-def day_chain(
-    task: DayTask,
-    batch: RawBatch,
-) -> tuple[Chain, np.ndarray, Counter]:  # chain; position in task.refs of each of its snapshots; events
-    """The normalised chain of a day, without rows harvested outside the window or dated far from their file's name."""
-    config, harvest = task.plan.config, task.plan.config.harvest
-    assert harvest is not None
-    dated = _believable(batch.frame, batch.refs)
-    frame = within_window(dated, harvest.start_time, harvest.end_time).reset_index(drop=True)
-    events = Counter({"clock_disagrees": len(batch.frame) - len(dated), "harvested_outside_window": len(dated) - len(frame)})
-    chain = normalize_chain(frame, forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
-    place = {ref.time: number for number, ref in enumerate(task.refs)}
-    where = np.array([place[batch.refs[int(s)].time] for s in chain.snapshots["snapshot"]], dtype=np.int64)
-    events.update({name: count for name, count in chain.counts.items() if name not in _NOT_EVENTS})
-    return chain, where, events
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #b0506bf4
-def day_result(
-    task: DayTask,
-    batch: RawBatch | None = None,  # the day, where it has been read already
-) -> DayResult:
-    """Read, normalise and add up one day."""
-    batch = read_day(task) if batch is None else batch
-    if not len(batch.frame):
-        return DayResult(empty_sums(task.plan.layout), batch.failures)
-    chain, where, events = day_chain(task, batch)
-    sums = chain_sums(chain, task.rv[where], task.plan, None if task.regime is None else task.regime[where])
-    sums.counts += events
-    return DayResult(sums, batch.failures)
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #3c917e36
-def map_days(
-    tasks: list[DayTask],
-    executor: Executor | None = None,  # any `concurrent.futures.Executor`; None computes here
-) -> Iterator[DayResult]:
-    """Results of each day in order."""
-    if executor is not None:
-        yield from executor.map(day_result, tasks)
-        return
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(read_day, tasks[0]) if tasks else None
-        for number, task in enumerate(tasks):
-            batch = coming.result()  # type: ignore[union-attr]
-            coming = ahead.submit(read_day, tasks[number + 1]) if number + 1 < len(tasks) else None
-            yield day_result(task, batch)
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #b0b7f92e
-def split_days(
-    refs: list[SnapshotRef],
-    root: str,
-    rv: np.ndarray,  # (refs,)
-    regime: np.ndarray | None,  # (refs,)
-    plan: Plan,
-) -> list[DayTask]:
-    """One task per UTC day, in order."""
-    days = list(group_by_day(refs).values())
-    ends = np.cumsum([len(day) for day in days])
-    return [
-        DayTask(root, day, rv[b - len(day) : b], None if regime is None else regime[b - len(day) : b], plan) for day, b in zip(days, ends)
-    ]
+    thinned = harvest.snapshot_step > 1 or harvest.max_snapshots
+    every = store.find(asset, harvest.start_time or span["start"], harvest.end_time or span["end"]) if thinned else refs
+    return harvest_prices(snapshot_prices(every, config, crew or Crew()), explicit, history, **span)
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #e74b169d
 def _early_tasks(tasks: list[DayTask], boundary: pd.Timestamp) -> dict[int, DayTask | None]:
@@ -224,31 +140,39 @@ def _boundary(refs: list[SnapshotRef], fraction: float) -> pd.Timestamp | None:
     kept = int(round(len(refs) * (1.0 - fraction)))
     return refs[min(kept, len(refs) - 1) - 1].time if fraction > 0 and kept >= 1 and len(refs) > 1 else None
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #3325dff5
-def _expected_rows(store: Store, refs: list[SnapshotRef]) -> int:
-    """An estimate of the rows in the window from three of its snapshots, for the sampling thresholds."""
-    probe = [refs[0], refs[len(refs) // 2], refs[-1]]
-    batch = store.read_batch(probe, columns=["instrument_name", "harvest_time"])
-    return int(np.ceil(len(batch.frame) / max(len(batch.refs), 1) * len(refs)))
+# %% ../../nbs/30_calibration/37_historical.ipynb #2f314fb9
+def _expected_rows(store: Store, refs: list[SnapshotRef], config: CalibrationConfig) -> int:
+    """Twice the rows that count by three snapshots of the window, which leaves room for busier ones; for the sampling thresholds."""
+    batch = store.read_batch([refs[0], refs[len(refs) // 2], refs[-1]], columns=["harvest_time", "expiry"])
+    dte = (batch.frame["expiry"] - batch.frame["harvest_time"]).dt.total_seconds().to_numpy() / 86_400
+    bands = config.bands or [] if config.multiplier_method == "min_mae" else []
+    ranges = [(config.min_dte, config.max_dte), *((band.min_dte, band.max_dte) for band in bands)]
+    within = np.logical_or.reduce([~(dte < low) & ~(dte > high) for low, high in ranges])  # rows without an expiry may count
+    of_types = float(within.sum()) * len(config.option_types) / 2
+    return math.ceil(2 * of_types / max(len(batch.refs), 1) * len(refs))
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #17af3757
+def _times_ns(refs: list[SnapshotRef]) -> np.ndarray:
+    return np.fromiter((ref.time.value for ref in refs), np.int64, len(refs))
 
 
 def _files_hash(refs: list[SnapshotRef]) -> str:
     """A digest of which snapshots were used: asset and minute of each."""
-    text = "\n".join(f"{ref.asset} {ref.time.isoformat()}" for ref in refs)
+    times = np.datetime_as_string(_times_ns(refs).view("M8[ns]"), unit="s").tolist()
+    text = "\n".join(f"{ref.asset} {time}+00:00" for ref, time in zip(refs, times))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #0d99231d
 def trusted_rv(
     series: PriceSeries | None, refs: list[SnapshotRef], config: CalibrationConfig
 ) -> tuple[np.ndarray, RealizedVol | None]:  # (refs,) rv, NaN where it is not trusted; what it rests on
     """Realized vol at the minute of each snapshot, from prices up to it."""
-    times = np.array([ref.time.value for ref in refs], dtype=np.int64)
     if series is None:
         return np.full(len(refs), np.nan), None
-    found = realized_vol(series, times, config.rv_window_days, config.min_rv_coverage, config.min_rv_n_eff)
+    found = realized_vol(series, _times_ns(refs), config.rv_window_days, config.min_rv_coverage, config.min_rv_n_eff)
     return np.where(found.trusted, found.rv, np.nan), found
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #6caf57dc
+# %% ../../nbs/30_calibration/37_historical.ipynb #8eeb20d6
 def labelling_model(
     path: str,  # of a saved RegimeModel
     asset: str,  # whose snapshots it is to label
@@ -262,70 +186,57 @@ def labelling_model(
         )
     return model
 
-
+# %% ../../nbs/30_calibration/37_historical.ipynb #0683c066
 def window_regimes(
     store: Store,
     config: CalibrationConfig,
     refs: list[SnapshotRef],
+    series: PriceSeries | None = None,  # prices, as `window_prices` gave them
+    crew: Crew | None = None,  # None: computed here
 ) -> tuple[RegimeModel, np.ndarray] | None:  # the model and (refs,) regime numbers, -1 unknown; None without a model
     """Regime of each snapshot. Raises `ConfigError` for a model that cannot label."""
     if not config.regimes or config.harvest is None:
         return None
-    model, h = labelling_model(config.regimes, refs[0].asset), config.harvest
-    thinning: dict[str, Any] = {"snapshot_step": h.snapshot_step, "max_snapshots": h.max_snapshots or None}
-    past = iv_history_of(store.read_history(refs[0].asset, "dvol"))
-    table = harvest_sensor_table(
-        store, refs[0].asset, h.start_time, h.end_time, price_history=h.price_history, forward=h.forward, iv_history=past, **thinning
-    )
-    labels = np.full(len(refs), -1)
-    place = np.searchsorted([ref.time.value for ref in refs], epoch_ns(table.frame["time"]), side="right") - 1
-    labels[place[place >= 0]] = model.predict(table.frame)[place >= 0]
+    model, labels = labelling_model(config.regimes, refs[0].asset), np.full(len(refs), -1)
+    levels = stacked([day.table for day in (crew or Crew()).map(LEVELS, _plain_tasks(refs, config))])
+    if len(levels):
+        levels = levels.sort_values("time", kind="stable", ignore_index=True)
+        table = timeline_sensors(levels, series, store, refs[0].asset, config.harvest.price_history)
+        place = np.searchsorted(_times_ns(refs), epoch_ns(table.frame["time"]), side="right") - 1
+        labels[place[place >= 0]] = model.predict(table.frame)[place >= 0]
     return model, labels
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #69b1429c
-def _regime_notes(model: RegimeModel, labels: np.ndarray, refs: list[SnapshotRef]) -> list[str]:
+def regime_notes(
+    model: RegimeModel,
+    labels: np.ndarray,  # (snapshots,) regime numbers, -1 unknown
+    first: pd.Timestamp,  # snapshot of the window
+    last: pd.Timestamp,  # snapshot of the window
+) -> list[str]:
     """What a reader of the environment must know of its labels."""
     notes = [] if (labels >= 0).all() else [f"{int((labels < 0).sum())} of {len(labels)} snapshots lack a feature of the regime model and have no regime"]
     start, end = model.provenance.get("start"), model.provenance.get("end")
-    if start and end and to_utc(start) <= refs[-1].time and to_utc(end) >= refs[0].time:
+    if start and end and to_utc(start) <= last and to_utc(end) >= first:
         notes.append(f"the regime model was trained on {start} to {end}, which overlaps this window: its labels are in-sample")
     return notes
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #5600556e
-def run_historical_calibration_from_harvest(
-    config: CalibrationConfig | dict[str, Any] | str | Path,  # with a harvest section
-    executor: Executor | None = None,  # spreads days over its workers
-    progress: Callable[[int, int], None] | None = None,  # told (days done, days) after each day
-) -> CalibrationResult:
-    """Calibrate a window of a harvest. Raises `ConfigError`, `StoreError` or `NoUsableDataError`."""
-    config = load_config(config)
-    if config.harvest is None:
-        raise ConfigError(
-            "the config has no harvest section, so there is no window to read; add harvest: {data_root: ..., start_time: ..., end_time: ...}"
-        )
-    store, harvest = Store(config.harvest.data_root), config.harvest
-    refs = window_refs(store, harvest)
-    series = window_prices(store, harvest, refs)
-    rv, basis = trusted_rv(series, refs, config)
-    known = np.isfinite(rv)
-    regimes = window_regimes(store, config, refs)
-    plan = make_plan(config, _expected_rows(store, refs), tuple(regimes[0].names) if regimes else ())
-    served = rv if known.any() else np.full(len(refs), config.default_iv)
-    tasks = split_days(refs, harvest.data_root, served, regimes[1] if regimes else None, plan)
-    boundary = _boundary(refs, config.validation_fraction)
-    sums, early, failures = _reduce(tasks, executor, plan, boundary, progress)
-    _require_readable(failures, refs)
-    notes = list(series.notes) if series is not None else []
-    rv_notes = [] if known.all() else [_rv_note(config, basis, int((~known).sum()), len(refs), series)]
-    notes += rv_notes + (_regime_notes(*regimes, refs) if regimes else [])
-    source = Source(
-        "harvested", as_of=refs[-1].time.to_pydatetime(), files_hash=_files_hash(refs), notes=tuple(notes),
-        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes, _own_issues(sums, series)),
-        events=_event_counts(known, failures, series),
-        harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
-        **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, refs, regimes, harvest),
-    )
-    return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))
+# %% ../../nbs/30_calibration/37_historical.ipynb #e9979fba
+def _reduce(
+    tasks: list[DayTask], crew: Crew, plan: Plan, boundary: pd.Timestamp | None
+) -> tuple[Sums, Sums | None, list[SchemaFailure]]:
+    """Add the days up in date order; and those of the earlier part, where one is wanted."""
+    add = functools.partial(add_sums, keep_all=plan.config.exact_metrics)
+    sums, early = empty_sums(plan.layout), empty_sums(plan.layout) if boundary is not None else None
+    early_tasks = _early_tasks(tasks, boundary) if boundary is not None else {}
+    failures: list[SchemaFailure] = []
+    for number, day in enumerate(crew.map(SUMS, tasks)):
+        sums, failures = add(sums, day.sums), failures + day.failures
+        if early is not None and number in early_tasks:
+            part = early_tasks[number]
+            early = add(early, day.sums if part is None else day_result(part).sums)
+        if crew.progress is not None:
+            crew.progress(number + 1, len(tasks))
+    return replace(sums, timeline=[stacked(sums.timeline)], snapshots=[stacked(sums.snapshots)]), early, failures
 
 # %% ../../nbs/30_calibration/37_historical.ipynb #b15cd61b
 def _require_readable(failures: list[SchemaFailure], refs: list[SnapshotRef]) -> None:
@@ -367,7 +278,7 @@ def _sensor_fields(
     table = timeline_sensors(levels, series, store, refs[0].asset, harvest.price_history)
     if regimes is None:
         return {"sensors": table}
-    place = np.searchsorted([ref.time.value for ref in refs], epoch_ns(levels["time"]), side="right") - 1
+    place = np.searchsorted(_times_ns(refs), epoch_ns(levels["time"]), side="right") - 1
     digest = hashlib.sha256(regimes[0].to_json().encode()).hexdigest()[:16]
     vrp = {params.name: params.vrp for params in regimes[0].regimes}
     return {"sensors": table, "regime": np.where(place >= 0, regimes[1][np.maximum(place, 0)], -1), "regime_vrp": vrp, "regime_hash": digest}
@@ -388,32 +299,14 @@ def _rv_note(config: CalibrationConfig, basis: RealizedVol | None, untrusted: in
         f"prices from {series.source}); {served}; {remedy}"
     )
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #e9979fba
-def _reduce(
-    tasks: list[DayTask], executor: Executor | None, plan: Plan, boundary: pd.Timestamp | None, progress: Callable[[int, int], None] | None
-) -> tuple[Sums, Sums | None, list[SchemaFailure]]:
-    """Add the days up in date order; and those of the earlier part, where one is wanted."""
-    add = functools.partial(add_sums, keep_all=plan.config.exact_metrics)
-    sums, early = empty_sums(plan.layout), empty_sums(plan.layout) if boundary is not None else None
-    early_tasks = _early_tasks(tasks, boundary) if boundary is not None else {}
-    failures: list[SchemaFailure] = []
-    for number, day in enumerate(map_days(tasks, executor)):
-        sums, failures = add(sums, day.sums), failures + day.failures
-        if early is not None and number in early_tasks:
-            part = early_tasks[number]
-            early = add(early, day.sums if part is None else day_result(part).sums)
-        if progress is not None:
-            progress(number + 1, len(tasks))
-    return sums, early, failures
-
-# %% ../../nbs/30_calibration/37_historical.ipynb #b6fdce3e
+# %% ../../nbs/30_calibration/37_historical.ipynb #16d9c698
 def _quality_block(snapshots: pd.DataFrame, failures: list[SchemaFailure], harvest: HarvestConfig, refs: list[SnapshotRef]) -> DataQuality:
     """Quality of the window as of its end."""
     step = pd.Timedelta(minutes=harvest.expected_step_minutes * harvest.snapshot_step) if harvest.expected_step_minutes else None
     start, end = harvest.start_time or refs[0].time, harvest.end_time or refs[-1].time
     return assess_window(snapshots, failures, start, end, step=step, as_of=end)
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #876f4dfc
+
 def _degrade(
     quality: DataQuality,
     rv_missing: bool,  # default_iv stood in for RV
@@ -428,25 +321,84 @@ def _degrade(
         block["status"] = "degraded"
     return {**block, "issues": [*block["issues"], *issues]}
 
-# %% ../../nbs/30_calibration/37_historical.ipynb #82169fb3
-def _own_issues(sums: Sums, series: PriceSeries | None) -> tuple[tuple[str, int, str], ...]:
-    """What only the calibration can see: rows dated far from their file, and candles that are not of this market."""
-    out = []
-    if rows := sums.counts["clock_disagrees"]:
-        told = (
-            f"{rows} rows say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
-            "expiry cannot be believed; they are left out; check the harvester's clock"
-        )
-        out.append(("clock_disagrees", rows, told))
+# %% ../../nbs/30_calibration/37_historical.ipynb #0841e512
+def _clock_issues(sums: Sums) -> list[tuple[str, int, str]]:
+    """Rows that are dated far from their file."""
+    rows = sums.counts["clock_disagrees"]
+    told = (
+        f"{rows} rows say a harvest_time more than {CLOCK_TOLERANCE_MINUTES:.0f} minutes from their file's name, so their time to "
+        "expiry cannot be believed; they are left out; check the harvester's clock"
+    )
+    return [("clock_disagrees", rows, told)] if rows else []
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #68a6d3ce
+PRICE_TOLERANCE = 0.05
+CANDLE_SOURCES = ("price_history", "history")
+
+
+def _price_issues(sums: Sums, series: PriceSeries | None) -> list[tuple[str, int, str]]:
+    """Candles that are not of this market."""
     timeline = stacked(sums.timeline)
-    if series is not None and len(series) and len(timeline):
-        last = np.searchsorted(series.time_ns, epoch_ns(timeline["time"]), side="right") - 1
-        apart = np.abs(np.exp(series.log_price[np.maximum(last, 0)]) / timeline["spot"].to_numpy() - 1.0)[last >= 0]
-        middle = float(np.nanmedian(apart)) if np.isfinite(apart).any() else 0.0
-        if series.source in CANDLE_SOURCES and middle > PRICE_TOLERANCE:
-            told = (
-                f"the prices that RV rests on ({series.source}) are {middle:.0%} from the snapshots' own spot in the median "
-                f"(limit {PRICE_TOLERANCE:.0%}), so they may be of another asset or unit; check harvest.price_history or _history"
-            )
-            out.append(("prices_disagree", int((apart > PRICE_TOLERANCE).sum()), told))
-    return tuple(out)
+    if series is None or not len(series) or not len(timeline):
+        return []
+    last = np.searchsorted(series.time_ns, epoch_ns(timeline["time"]), side="right") - 1
+    apart = np.abs(np.exp(series.log_price[np.maximum(last, 0)]) / timeline["spot"].to_numpy() - 1.0)[last >= 0]
+    middle = float(np.nanmedian(apart)) if np.isfinite(apart).any() else 0.0
+    if series.source not in CANDLE_SOURCES or middle <= PRICE_TOLERANCE:
+        return []
+    told = (
+        f"the prices that RV rests on ({series.source}) are {middle:.0%} from the snapshots' own spot in the median "
+        f"(limit {PRICE_TOLERANCE:.0%}), so they may be of another asset or unit; check harvest.price_history or _history"
+    )
+    return [("prices_disagree", int((apart > PRICE_TOLERANCE).sum()), told)]
+
+
+def _own_issues(sums: Sums, series: PriceSeries | None) -> tuple[tuple[str, int, str], ...]:
+    """What only the calibration can see."""
+    return (*_clock_issues(sums), *_price_issues(sums, series))
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #5600556e
+def _with_harvest(config: CalibrationConfig | dict[str, Any] | str | Path) -> CalibrationConfig:
+    """The config. Raises `ConfigError` where it names no harvest."""
+    config = load_config(config)
+    if config.harvest is None:
+        raise ConfigError(
+            "the config has no harvest section, so there is no window to read; add harvest: {data_root: ..., start_time: ..., end_time: ...}"
+        )
+    return config
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #7c2d098c
+def run_historical_calibration_from_harvest(
+    config: CalibrationConfig | dict[str, Any] | str | Path,  # with a harvest section
+    executor: Executor | None = None,  # spreads days over its workers, as of `open_executor`
+    progress: Callable[[int, int], None] | None = None,  # told (days done, days) after each day
+    cache: DayCache | str | Path | None = None,  # keeps what finished days gave; None keeps nothing
+) -> CalibrationResult:
+    """Calibrate a window of a harvest. Raises `ConfigError`, `StoreError` or `NoUsableDataError`."""
+    config = _with_harvest(config)
+    harvest = config.harvest
+    assert harvest is not None
+    store = Store(harvest.data_root)
+    crew = Crew(executor, DayCache(cache) if isinstance(cache, (str, Path)) else cache, progress)
+    refs = window_refs(store, harvest)
+    series = window_prices(store, config, refs, crew)
+    rv, basis = trusted_rv(series, refs, config)
+    known = np.isfinite(rv)
+    regimes = window_regimes(store, config, refs, series, crew)
+    plan = make_plan(config, _expected_rows(store, refs, config), tuple(regimes[0].names) if regimes else ())
+    served = rv if known.any() else np.full(len(refs), config.default_iv)
+    tasks = split_days(refs, harvest.data_root, served, regimes[1] if regimes else None, plan)
+    boundary = _boundary(refs, config.validation_fraction)
+    sums, early, failures = _reduce(tasks, crew, plan, boundary)
+    _require_readable(failures, refs)
+    notes = list(series.notes) if series is not None else []
+    rv_notes = [] if known.all() else [_rv_note(config, basis, int((~known).sum()), len(refs), series)]
+    notes += rv_notes + (regime_notes(*regimes, refs[0].time, refs[-1].time) if regimes else [])
+    source = Source(
+        "harvested", as_of=refs[-1].time.to_pydatetime(), files_hash=_files_hash(refs), notes=tuple(notes),
+        data_quality=_degrade(_quality_block(stacked(sums.snapshots), failures, harvest, refs), not known.any(), rv_notes, _own_issues(sums, series)),
+        events=_event_counts(known, failures, series) + crew.counts,
+        harvest_range={"start": refs[0].time, "end": refs[-1].time, "snapshots": len(refs)},
+        **_rv_fields(config, series, basis, known), **_sensor_fields(store, sums, series, refs, regimes, harvest),
+    )
+    return finish(sums, plan, source, early, 0 if boundary is None else int((boundary + pd.Timedelta(minutes=1)).value - 1))

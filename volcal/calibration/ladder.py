@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -21,18 +22,17 @@ from ..market.pricing import norm_cdf_scalar
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skew_ratio_scalar, template_skew
 
 # %% auto #0
-__all__ = ['MULTIPLIER_BOUNDS', 'SHOWN_METRICS', 'SVI_WING_WEIGHT', 'row_columns', 'measure', 'global_metrics', 'best_multiplier',
-           'levels_by_label', 'error_ladder']
+__all__ = ['SHOWN_METRICS', 'MULTIPLIER_BOUNDS', 'ROUGH_ROWS', 'SVI_WING_WEIGHT', 'row_columns', 'measure', 'global_metrics',
+           'best_multiplier', 'levels_by_label', 'error_ladder']
 
 # %% ../../nbs/30_calibration/35c_ladder.ipynb #e6e7be01
-MULTIPLIER_BOUNDS = (0.1, 5.0)
-
-
 def row_columns(
     rows: pd.DataFrame,  # sampled rows
+    mask: np.ndarray | None = None,  # (rows,) bool, those that are wanted; None: all
 ) -> dict[str, np.ndarray]:
     """Sampled rows as arrays, as `surface_iv` and `add_errors` take them."""
-    return {name: np.ascontiguousarray(rows[name].to_numpy()) for name in ROW_NUMBERS}
+    some = slice(None) if mask is None or mask.all() else mask
+    return {name: np.ascontiguousarray(rows[name].to_numpy()[some]) for name in ROW_NUMBERS}
 
 # %% ../../nbs/30_calibration/35c_ladder.ipynb #738eaba6
 def measure(
@@ -60,30 +60,45 @@ def global_metrics(
         **shown, vega_sum=metrics["vega_over_forward_sum"], two_sided_count=metrics["two_sided"], recommended_iv_multiplier=multiplier
     )
 
-# %% ../../nbs/30_calibration/35c_ladder.ipynb #4cb4a7a6
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #2b4e7689
+MULTIPLIER_BOUNDS = (0.1, 5.0)
+ROUGH_ROWS = 20_000  # that many find the neighbourhood, all of them the place
+_PRICED = ("mark_price", "mark_iv", "forward", "strike", "t", "dte", "sign", "scale")  # what an error rests on beside the volatility
+
+
+def _bounded(
+    mae: Callable[[float, dict[str, np.ndarray]], float], rows: dict[str, np.ndarray], bounds: tuple[float, float]
+) -> tuple[float, float, bool]:  # place, value, whether the place is at a bound
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(mae, args=(rows,), bounds=bounds, method="bounded", options={"xatol": 1e-5})
+    return float(found.x), float(found.fun), bool(min(found.x - bounds[0], bounds[1] - found.x) < 1e-3 * (bounds[1] - bounds[0]))
+
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #4240886b
 def best_multiplier(
     c: dict[str, np.ndarray],  # rows
     skew: SkewSurface,
     base: np.ndarray | None = None,  # (n,) volatility to multiply; RV by default
     bounds: tuple[float, float] = MULTIPLIER_BOUNDS,
 ) -> tuple[float, float, bool]:  # multiplier, its mae_pct, whether it is a bound; NaN without rows
-    """The multiplier with the smallest mean |pct_error|, by scipy's bounded minimiser."""
-    from scipy.optimize import minimize_scalar
-
+    """The multiplier with the smallest mean |pct_error|, by scipy's bounded minimiser; of many rows, some narrow the search first."""
     base = c["rv"] if base is None else base
     usable = np.isfinite(base) & np.isfinite(c["mark_price"])
     if not usable.any():
         return math.nan, math.nan, False
-    part = {name: values[usable] for name, values in c.items()}
-    surface = VolSurface(skew=skew)
+    part = {name: values if usable.all() else values[usable] for name, values in {**{name: c[name] for name in _PRICED}, "base": base}.items()}
+    surface, step = VolSurface(skew=skew), int(usable.sum()) // ROUGH_ROWS
 
-    def mae(multiplier: float) -> float:
-        return float(np.abs(errors_of(part, surface_iv(surface, part, base[usable] * multiplier))[1]).mean())
+    def mae(multiplier: float, rows: dict[str, np.ndarray]) -> float:
+        return float(np.abs(errors_of(rows, surface_iv(surface, rows, rows["base"] * multiplier))[1]).mean())
 
-    found = minimize_scalar(mae, bounds=bounds, method="bounded", options={"xatol": 1e-5})
-    width = bounds[1] - bounds[0]
-    at_bound = bool(min(found.x - bounds[0], bounds[1] - found.x) < 1e-3 * width)
-    return float(found.x), float(found.fun), at_bound
+    if step > 1:
+        rough, _, at_bound = _bounded(mae, {name: np.ascontiguousarray(values[::step]) for name, values in part.items()}, bounds)
+        if not at_bound:
+            near = _bounded(mae, part, (max(bounds[0], 0.97 * rough), min(bounds[1], 1.03 * rough)))
+            if not near[2]:
+                return near
+    return _bounded(mae, part, bounds)
 
 # %% ../../nbs/30_calibration/35c_ladder.ipynb #46373889
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -151,7 +166,48 @@ def _levels(rows: pd.DataFrame, c: dict[str, np.ndarray], plan: Plan, skew: Skew
         "slice": (by_slice, int(piece.max()) + 1), "slice_number": (piece, 0),
     }
 
-# %% ../../nbs/30_calibration/35c_ladder.ipynb #ccc3e06b
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #85a6fa5d
+def _term_nodes(c: dict[str, np.ndarray], skew: SkewSurface) -> dict[float, float]:
+    """Multiplier at the mean DTE of each stretch of the term structure that has rows."""
+    label = bucket_of(c["dte"], TERM_EDGES)
+    used, number = np.unique(label, return_inverse=True)
+    values = levels_by_label(c, number, skew, True)
+    days = np.bincount(number, weights=c["dte"] * c["vega"]) / np.bincount(number, weights=c["vega"])
+    return {float(d): float(m) for d, m in zip(days, values) if math.isfinite(m) and m > 0}
+
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #7eacc3c0
+def _rung(c: dict[str, np.ndarray], name: str, label: str, iv: np.ndarray, parameters: int) -> LadderRung:
+    metrics = measure(c, iv)
+    return LadderRung(name=name, label=label, parameters=parameters, **{key: metrics[key] for key in SHOWN_METRICS})
+
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #9d4934d5
+def _models(
+    c: dict[str, np.ndarray],  # rows
+    now: VolSurface,  # the surface that is judged
+    skew: SkewSurface,  # fitted
+    window: tuple[float, float, float],  # multiplier with skew, level, multiplier without
+    levels: dict[str, tuple[np.ndarray, int]],  # of `_levels`
+) -> list[tuple[str, str, np.ndarray, int]]:
+    """Name, label, volatility of each row, and free parameters."""
+    multiplier, level, plain_multiplier = window
+    flat, smiled = VolSurface(skew=template_skew(enabled=False)), VolSurface(iv_multiplier=multiplier, skew=skew)
+    term, sliced = _term_nodes(c, skew), surface_iv(smiled, c, levels["slice"][0])
+    nodes = len(skew_nodes(skew)[0]) if skew.enabled else 0
+    svi, failed = _svi_iv(c, levels["slice_number"][0], sliced)
+    unfitted = f" ({failed} slices of fewer than 5 strikes keep the rung above)" if failed else ""
+    return [
+        ("configured", "the surface now", surface_iv(now, c), 0),
+        ("one_level", "one level for the window", surface_iv(flat, c, np.full(c["rv"].size, level)), 1),
+        ("rv_multiplier", "realized vol x multiplier", surface_iv(flat, c, c["rv"] * plain_multiplier), 1),
+        ("recommended", "realized vol x multiplier x skew", surface_iv(smiled, c), 1 + nodes),
+        ("term_bands", "that with term bands", surface_iv(smiled, c, levels["band"][0]), levels["band"][1] + nodes),
+        ("term_smooth", "that with smooth term multipliers", surface_iv(VolSurface(term_multipliers=term, skew=skew), c), len(term) + nodes),
+        ("snapshot_level", "one level per snapshot x skew", surface_iv(smiled, c, levels["snapshot"][0]), levels["snapshot"][1] + nodes),
+        ("slice_level", "one level per snapshot and expiry x skew", sliced, levels["slice"][1] + nodes),
+        ("svi", "SVI per snapshot and expiry" + unfitted, svi, 5 * levels["slice"][1]),
+    ]
+
+# %% ../../nbs/30_calibration/35c_ladder.ipynb #eee38f4e
 def error_ladder(
     rows: pd.DataFrame,  # whole snapshots of headline rows
     plan: Plan,
@@ -165,35 +221,5 @@ def error_ladder(
     if rows.empty:
         return []
     c, skew = row_columns(rows), fit.template
-    flat, smiled = VolSurface(skew=template_skew(enabled=False)), VolSurface(iv_multiplier=multiplier, skew=skew)
-    levels, term = _levels(rows, c, plan, skew, multiplier), _term_nodes(c, skew)
-    nodes = len(skew_nodes(skew)[0]) if skew.enabled else 0
-    sliced = surface_iv(smiled, c, levels["slice"][0])
-    svi, failed = _svi_iv(c, levels["slice_number"][0], sliced)
-    unfitted = f" ({failed} slices of fewer than 5 strikes keep the rung above)" if failed else ""
-    models: list[tuple[str, str, np.ndarray, int]] = [
-        ("configured", "the configured surface", surface_iv(plan.surface, c), 0),
-        ("one_level", "one level for the window", surface_iv(flat, c, np.full(len(rows), level)), 1),
-        ("rv_multiplier", "realized vol x multiplier", surface_iv(flat, c, c["rv"] * plain_multiplier), 1),
-        ("recommended", "realized vol x multiplier x skew", surface_iv(smiled, c), 1 + nodes),
-        ("term_bands", "that with term bands", surface_iv(smiled, c, levels["band"][0]), levels["band"][1] + nodes),
-        ("term_smooth", "that with smooth term multipliers", surface_iv(VolSurface(term_multipliers=term, skew=skew), c), len(term) + nodes),
-        ("snapshot_level", "one level per snapshot x skew", surface_iv(smiled, c, levels["snapshot"][0]), levels["snapshot"][1] + nodes),
-        ("slice_level", "one level per snapshot and expiry x skew", sliced, levels["slice"][1] + nodes),
-        ("svi", "SVI per snapshot and expiry" + unfitted, svi, 5 * levels["slice"][1]),
-    ]
-    return [_rung(c, *model) for model in models]
-
-# %% ../../nbs/30_calibration/35c_ladder.ipynb #85a6fa5d
-def _term_nodes(c: dict[str, np.ndarray], skew: SkewSurface) -> dict[float, float]:
-    """Multiplier at the mean DTE of each stretch of the term structure that has rows."""
-    label = bucket_of(c["dte"], TERM_EDGES)
-    used, number = np.unique(label, return_inverse=True)
-    values = levels_by_label(c, number, skew, True)
-    days = np.bincount(number, weights=c["dte"] * c["vega"]) / np.bincount(number, weights=c["vega"])
-    return {float(d): float(m) for d, m in zip(days, values) if math.isfinite(m) and m > 0}
-
-
-def _rung(c: dict[str, np.ndarray], name: str, label: str, iv: np.ndarray, parameters: int) -> LadderRung:
-    metrics = measure(c, iv)
-    return LadderRung(name=name, label=label, parameters=parameters, **{key: metrics[key] for key in SHOWN_METRICS})
+    levels = _levels(rows, c, plan, skew, multiplier)
+    return [_rung(c, *model) for model in _models(c, plan.surface, skew, (multiplier, level, plain_multiplier), levels)]

@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from .cache import DayCache
 from .config import CalibrationConfig, HarvestConfig, load_config, load_mapping
+from .days import DayTask, day_chain
 from .engine import Source, finish
-from .historical import DayTask, day_chain, labelling_model, run_historical_calibration_from_harvest, trusted_rv
+from .historical import labelling_model, regime_notes, run_historical_calibration_from_harvest, trusted_rv
 from .result import CalibrationResult
 from .sums import add_sums, chain_sums, empty_sums, make_plan
 from ..market.chain import Chain
@@ -29,7 +31,7 @@ from ..market.deribit import AsyncDeribit, Deribit, DeribitCallError, OptionBook
 from ..market.harvester import DVOL_ASSETS, Book, fetch_books, snapshot_frame
 from ..market.quality import assess_window
 from ..market.store import RawBatch, SnapshotRef
-from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
+from ..units import ConfigError, NoUsableDataError, epoch_ns
 from ..vol.realized import PriceSeries, RealizedVol, choose_price_series, load_price_history, why_untrusted
 from ..vol.regimes import RegimeModel
 from ..vol.sensors import SensorTable, chain_levels, daily_bars, finish_sensors, iv_history_of
@@ -229,14 +231,7 @@ def _regime_fields(model: RegimeModel | None, labels: np.ndarray | None) -> dict
     return {"regime": labels, "regime_vrp": {params.name: params.vrp for params in model.regimes}, "regime_hash": digest}
 
 
-def _regime_notes(model: RegimeModel | None, labels: np.ndarray | None, when: pd.Timestamp) -> list[str]:
-    """What a reader of the label must know."""
-    if model is None or labels is None:
-        return []
-    start, end = model.provenance.get("start"), model.provenance.get("end")
-    unknown = ["the moment lacks a feature of the regime model and has no regime"] if (labels < 0).any() else []
-    inside = bool(start and end) and to_utc(start) <= when <= to_utc(end)
-    return unknown + ([f"the regime model was trained on {start} to {end}: its label is in-sample"] if inside else [])
+
 
 # %% ../../nbs/30_calibration/38_live.ipynb #70af9138
 def _live_model(config: CalibrationConfig) -> RegimeModel | None:
@@ -305,10 +300,11 @@ def calibrate_market(
     chain, events = _live_day(market, config, served)
     sensors = market_sensors(market, chain, prices, candles)
     labels = None if model is None else model.predict(sensors.frame)
+    noted = [] if model is None or labels is None else regime_notes(model, labels, ref.time, ref.time)
     plan = make_plan(config, regimes=tuple(model.names) if model else ())
     sums = add_sums(empty_sums(plan.layout), chain_sums(chain, served, plan, labels), config.exact_metrics)
     sums.counts += events
-    notes = [*market.notes, *told, *_unused(config), *([rv_note] if rv_note else []), *_regime_notes(model, labels, ref.time)]
+    notes = [*market.notes, *told, *_unused(config), *([rv_note] if rv_note else []), *noted]
     when = chain.snapshots["time"].max()
     source = Source(
         "live", as_of=when.to_pydatetime(), files_hash=book_hash(market.frame), notes=tuple(notes), sensors=sensors,
@@ -376,12 +372,13 @@ def run_calibration(
     deadline: float = 60.0,  # seconds for everything that the exchange is asked
     executor: Executor | None = None,  # harvested: spreads days over its workers
     progress: Callable[[int, int], None] | None = None,  # harvested: told (days done, days) after each day
+    cache: DayCache | str | Path | None = None,  # harvested: keeps what finished days gave
     **fields: Any,  # fields of the config
 ) -> CalibrationResult:
     """Calibrate the exchange now, or a harvest. Raises `ConfigError`, `DeribitError`, `StoreError` or `NoUsableDataError`."""
     asked = read_config(config, fields)
     if asked.source == "harvested":
-        return run_historical_calibration_from_harvest(asked, executor, progress)
+        return run_historical_calibration_from_harvest(asked, executor, progress, cache)
     _live_model(asked)
     market = fetch_live(asked, client, deadline)
     log.info("live asset=%s time=%s options=%d notes=%d", market.asset, market.now, len(market.frame), len(market.notes))

@@ -10,11 +10,22 @@ import math
 import numpy as np
 from numba import njit
 
-from ..market.pricing import price_scalar
+from ..market.pricing import fast_log, price_scalar
+from ..units import ConfigError
 
 # %% auto #0
-__all__ = ['SUM_COLUMNS', 'COL', 'BIG_ERROR_PCT', 'HISTOGRAM_BINS_PER_UNIT', 'HISTOGRAM_BINS', 'residual_kernel', 'price_scale',
-           'residuals', 'accumulate', 'ratio', 'metrics_from_sums', 'error_histogram', 'histogram_quantile']
+__all__ = ['SUM_COLUMNS', 'COL', 'BIG_ERROR_PCT', 'HISTOGRAM_BINS_PER_UNIT', 'HISTOGRAM_BINS', 'price_scale', 'residual_kernel',
+           'residuals', 'accumulate', 'ratio', 'metrics_from_sums', 'add_to_histogram', 'histogram_quantile']
+
+# %% ../../nbs/30_calibration/32_residuals.ipynb #d7c98d6a
+def price_scale(
+    inverse: np.ndarray,  # (n,) bool, settled in coin
+    forward: np.ndarray,  # (n,) USD
+    t: np.ndarray,  # (n,) years
+    rate: float,  # annual, continuously compounded, decimal; linear options only
+) -> np.ndarray:  # (n,) factor from undiscounted USD value to the mark's unit
+    """1/forward for inverse options, exp(-r t) for linear ones."""
+    return np.where(inverse, 1.0 / forward, np.exp(-rate * t) if rate else 1.0)
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #50d63c56
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -24,16 +35,6 @@ def residual_kernel(mark, mark_iv, synthetic_iv, forward, strike, t, sign, scale
         price[i] = price_scalar(forward[i], strike[i], t[i], synthetic_iv[i], sign[i]) * scale[i]
         pct_error[i] = (price[i] / mark[i] - 1.0) * 100.0
         iv_error[i] = synthetic_iv[i] - mark_iv[i]
-
-# %% ../../nbs/30_calibration/32_residuals.ipynb #379f6e5f
-def price_scale(
-    inverse: np.ndarray,  # (n,) bool, settled in coin
-    forward: np.ndarray,  # (n,) USD
-    t: np.ndarray,  # (n,) years
-    rate: float,  # annual, continuously compounded; linear options only
-) -> np.ndarray:  # (n,) factor from undiscounted USD value to the mark's unit
-    """1/forward for inverse options, exp(-r t) for linear ones."""
-    return np.where(inverse, 1.0 / forward, np.exp(-rate * t))
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #20f5bab9
 def residuals(
@@ -78,40 +79,53 @@ BIG_ERROR_PCT = 10.0
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #21bffbcc
 @njit(cache=True, nogil=True, error_model="numpy")
-def accumulate(labels, pct_error, iv_error, price, vega, bid, ask, mark_iv, synthetic_iv, rv, atm, forward, sums):
-    """Add rows to `sums` (groups, columns) under each of their labels."""
+def accumulate(
+    labels,  # (n, partitions) group of each row in each partition, -1 for none
+    pct_error,  # (n,) percent
+    iv_error,  # (n,) decimal
+    price,  # (n,) synthetic, native
+    vega,  # (n,) USD per vol point
+    bid,  # (n,) native, NaN where there is none
+    ask,  # (n,) native, NaN where there is none
+    mark_iv,  # (n,) decimal
+    synthetic_iv,  # (n,) decimal
+    rv,  # (n,) decimal
+    atm,  # (n,) decimal, NaN where unknown
+    forward,  # (n,) USD
+    sums,  # (groups, columns), added to
+):
+    """Add rows to `sums` under each of their labels; a row whose error is not finite counts nowhere."""
     for i in range(pct_error.size):
-        e, v, x = pct_error[i], vega[i], iv_error[i]
+        e, v, x, m, iv, r = pct_error[i], vega[i], iv_error[i], mark_iv[i], synthetic_iv[i], rv[i]
         if not (math.isfinite(e) and math.isfinite(x)):
             continue
         two = bid[i] > 0.0 and ask[i] >= bid[i]
-        inside = two and bid[i] <= price[i] <= ask[i]
-        has_atm = atm[i] > 0.0
+        level, its_rv = atm[i] if atm[i] > 0.0 else 0.0, r if atm[i] > 0.0 else 0.0
+        quoted, inside = 1.0 if two else 0.0, 1.0 if two and bid[i] <= price[i] <= ask[i] else 0.0
+        scaled, big = v / forward[i], 1.0 if abs(e) > BIG_ERROR_PCT else 0.0
         for j in range(labels.shape[1]):
             g = labels[i, j]
-            if g < 0:
-                continue
-            s = sums[g]
-            s[0] += 1.0
-            s[1] += abs(e)
-            s[2] += e
-            s[3] += abs(x)
-            s[4] += x
-            s[5] += v
-            s[6] += v * abs(e)
-            s[7] += v * abs(x)
-            s[8] += 1.0 if two else 0.0
-            s[9] += 1.0 if inside else 0.0
-            s[10] += mark_iv[i]
-            s[11] += synthetic_iv[i]
-            s[12] += rv[i]
-            s[13] += v * mark_iv[i]
-            s[14] += v * rv[i]
-            if has_atm:
-                s[15] += v * atm[i]
-                s[16] += v * rv[i]
-            s[17] += v / forward[i]
-            s[18] += 1.0 if abs(e) > BIG_ERROR_PCT else 0.0
+            if g >= 0:
+                s = sums[g]
+                s[0] += 1.0
+                s[1] += abs(e)
+                s[2] += e
+                s[3] += abs(x)
+                s[4] += x
+                s[5] += v
+                s[6] += v * abs(e)
+                s[7] += v * abs(x)
+                s[8] += quoted
+                s[9] += inside
+                s[10] += m
+                s[11] += iv
+                s[12] += r
+                s[13] += v * m
+                s[14] += v * r
+                s[15] += v * level
+                s[16] += v * its_rv
+                s[17] += scaled
+                s[18] += big
 
 # %% ../../nbs/30_calibration/32_residuals.ipynb #ab67cf61
 def ratio(numerator: float, denominator: float) -> float:  # NaN where the denominator is not positive
@@ -143,20 +157,25 @@ HISTOGRAM_BINS_PER_UNIT = 2000
 HISTOGRAM_BINS = 14 * HISTOGRAM_BINS_PER_UNIT
 
 
-def error_histogram(
-    pct_error: np.ndarray,  # (n,) percent, any sign
-) -> np.ndarray:  # (bins,) int64
-    """Counts of |pct_error| in the fixed bins; the last bin holds all beyond exp(14) %."""
-    size = np.abs(pct_error[np.isfinite(pct_error)])
-    bins = np.minimum(np.log1p(size) * HISTOGRAM_BINS_PER_UNIT, HISTOGRAM_BINS - 1).astype(np.int64)
-    return np.bincount(bins, minlength=HISTOGRAM_BINS)
+@njit(cache=True, nogil=True, error_model="numpy")
+def add_to_histogram(
+    pct_error,  # (n,) percent, any sign
+    used,  # (n,) bool
+    counts,  # (bins,) int64, added to
+):
+    """Count |pct_error| of the used rows in the fixed bins; the last bin holds all beyond exp(14) %, what is not finite is in none."""
+    for i in range(pct_error.size):
+        if used[i] and math.isfinite(pct_error[i]):
+            counts[min(int(fast_log(1.0 + abs(pct_error[i])) * HISTOGRAM_BINS_PER_UNIT), HISTOGRAM_BINS - 1)] += 1
 
 
 def histogram_quantile(
     counts: np.ndarray,  # (bins,) int64
     q: float,  # in [0, 1]
 ) -> float:  # |pct_error|, percent; NaN without rows
-    """Quantile by linear interpolation within its bin."""
+    """Quantile by linear interpolation within its bin. Raises `ConfigError` for another q."""
+    if not 0.0 <= q <= 1.0:
+        raise ConfigError(f"quantile {q} is not within 0 to 1, so there is none; for percent divide by 100")
     total = int(counts.sum())
     if total == 0:
         return float("nan")

@@ -13,23 +13,23 @@ from collections.abc import Iterator
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 
 from .config import UtcTime
-from ..units import ConfigError, to_utc
+from ..units import ConfigError, epoch_ns, to_utc
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ResultPart', 'anchor_key', 'to_plain', 'frame_to_rows', 'Metrics', 'GlobalMetrics', 'MultiplierCandidates',
-           'BucketResult', 'BandResult', 'OptionTypeResult', 'ResidualsSummary', 'LadderRung', 'LiquidityFilters',
-           'SkewFit', 'SkewMisfit', 'VolSurfaceDiff', 'SensorValue', 'RegimeEnvironment', 'TimeRange',
-           'Reproducibility', 'ResultCore', 'ResultViews', 'CalibrationResult', 'result_with_verdict', 'result_to_json',
-           'result_from_json', 'vol_surface_yaml', 'result_rows_frame', 'result_summary']
+__all__ = ['Records', 'ResultPart', 'anchor_key', 'to_plain', 'PlainRows', 'frame_to_rows', 'Metrics', 'GlobalMetrics',
+           'MultiplierCandidates', 'BucketResult', 'BandResult', 'OptionTypeResult', 'ResidualsSummary', 'LadderRung',
+           'LiquidityFilters', 'SkewFit', 'SkewMisfit', 'VolSurfaceDiff', 'SensorValue', 'RegimeEnvironment',
+           'TimeRange', 'Reproducibility', 'ResultCore', 'ResultViews', 'CalibrationResult', 'result_with_verdict',
+           'result_to_json', 'result_from_json', 'vol_surface_yaml', 'result_rows_frame', 'result_summary']
 
 # %% ../../nbs/30_calibration/35_result.ipynb #894e52ed
 class ResultPart(BaseModel):
@@ -56,15 +56,18 @@ class ResultPart(BaseModel):
         return getattr(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The value of a field, None if it was not measured; `default` where there is no such field."""
         return getattr(self, name) if name in self else default
 
     def __contains__(self, name: object) -> bool:
         return name in type(self).model_fields
 
     def keys(self) -> list[str]:
+        """The names of all fields."""
         return list(type(self).model_fields)
 
     def items(self) -> Iterator[tuple[str, Any]]:
+        """Names and values."""
         return ((name, getattr(self, name)) for name in self.keys())
 
 # %% ../../nbs/30_calibration/35_result.ipynb #9908b049
@@ -91,7 +94,7 @@ def to_plain(
     value: Any,  # anything that the engine computes
 ) -> Any:  # the same in dicts, lists, text, bool, int, float and None; result parts stay as they are
     """Values that JSON can hold and give back equal. Raises `ConfigError` for what is none."""
-    if value is None or isinstance(value, (str, bool, int, ResultPart)) and not isinstance(value, Enum):
+    if value is None or isinstance(value, (str, bool, int, ResultPart, PlainRows)) and not isinstance(value, Enum):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
@@ -110,7 +113,7 @@ def _plain_object(value: Any) -> Any:
         return to_plain(value.model_dump(mode="json"))
     if hasattr(value, "iterrows"):
         return frame_to_rows(value)
-    if isinstance(value, (datetime, np.datetime64)) or type(value).__name__ == "NaTType":
+    if isinstance(value, (datetime, np.datetime64)) or type(value).__name__ in ("NaTType", "NAType"):
         return _iso(value)
     for method in ("to_dict", "tolist", "isoformat"):
         if hasattr(value, method) and not isinstance(value, type):
@@ -121,36 +124,59 @@ def _plain_object(value: Any) -> Any:
         return str(value)
     raise ConfigError(f"a {type(value).__name__} cannot stand in a result, which must be readable from JSON; convert it to numbers or text")
 
+# %% ../../nbs/30_calibration/35_result.ipynb #ca4ede2d
+def _iso_column(column: pd.Series) -> list[str | None]:
+    """Times as `_iso` writes them, all at once where none is finer than a microsecond."""
+    ns = epoch_ns(column)
+    missing = ns == np.iinfo(np.int64).min
+    if (ns[~missing] % 1_000).any():
+        return [_iso(when) for when in column]
+    texts, fine = np.datetime_as_string(ns.view("M8[ns]"), unit="s").astype(object), ns % 1_000_000_000 != 0
+    texts[fine] = np.datetime_as_string(ns[fine].view("M8[ns]"), unit="us")
+    return [None if gone else f"{text}Z" for text, gone in zip(texts.tolist(), missing.tolist(), strict=True)]
+
+
+def _plain_column(column: pd.Series) -> list[Any]:
+    kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else "O"
+    if column.dtype.kind == "M":
+        return _iso_column(column)
+    if kind == "f":
+        values = column.to_numpy().astype(object)
+        values[~np.isfinite(column.to_numpy())] = None
+        return values.tolist()
+    return column.tolist() if kind in "iub" else [to_plain(item) for item in column.astype(object).tolist()]
+
 # %% ../../nbs/30_calibration/35_result.ipynb #11d178ac
+class PlainRows(list):
+    """Records that `frame_to_rows` made: plain already, neither looked through again nor copied."""
+
+
+Records = Annotated[list[dict[str, Any]], WrapValidator(lambda rows, check: rows if isinstance(rows, PlainRows) else check(rows))]
+
+
 def frame_to_rows(
     frame: pd.DataFrame,  # one row per option
 ) -> list[dict[str, Any]]:  # one dict per row, plain values
     """A frame as records, column by column (fast for thousands of rows)."""
-    columns = {}
-    for name in frame.columns:
-        column = frame[name]
-        if column.dtype.kind == "M":
-            columns[str(name)] = [_iso(when) for when in column]
-        else:
-            columns[str(name)] = [to_plain(item) for item in column.astype(object).tolist()]
-    names = list(columns)
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    names = [str(name) for name in frame.columns]
+    columns = [_plain_column(frame[name]) for name in frame.columns]
+    return PlainRows([dict(zip(names, values)) for values in zip(*columns, strict=True)])
 
-# %% ../../nbs/30_calibration/35_result.ipynb #4d61cdbb
+# %% ../../nbs/30_calibration/35_result.ipynb #f132877d
 class Metrics(ResultPart):
     """Errors of a surface over a set of options; None where there was nothing to measure."""
 
     count: int = 0  # options measured
     mae_pct: float | None = None  # mean |synthetic / mark - 1|, percent
     bias_pct: float | None = None  # mean (synthetic / mark - 1), percent
-    vega_weighted_mae_pct: float | None = None  # percent
-    mae_vol_points: float | None = None  # mean |synthetic IV - mark IV|
-    vega_weighted_mae_vol_points: float | None = None
+    vega_weighted_mae_pct: float | None = None  # sum(|error| vega) / sum(vega), percent
+    mae_vol_points: float | None = None  # mean |synthetic IV - mark IV|, vol points
+    vega_weighted_mae_vol_points: float | None = None  # vol points
     inside_bid_ask_pct: float | None = None  # share of two-sided quotes with the synthetic price in [bid, ask]
     recommended_iv_multiplier: float | None = None  # of these options alone
     vega_sum: float | None = None  # sum of vega / forward
 
-# %% ../../nbs/30_calibration/35_result.ipynb #fa62df06
+# %% ../../nbs/30_calibration/35_result.ipynb #d83e25ef
 class GlobalMetrics(Metrics):
     """Errors over all options of the headline range."""
 
@@ -160,10 +186,10 @@ class GlobalMetrics(Metrics):
 class MultiplierCandidates(ResultPart):
     """The four readings of the level; the config's method picks the recommended one."""
 
-    vega_weighted: float | None = None
-    mean: float | None = None
-    atm: float | None = None
-    min_mae: float | None = None
+    vega_weighted: float | None = None  # sum(vega mark IV / ratio) / sum(vega RV)
+    mean: float | None = None  # mean(mark IV) / RV
+    atm: float | None = None  # at-the-money IV / RV
+    min_mae: float | None = None  # the minimiser of mae_pct
     min_mae_at_bound: bool | None = None  # the minimiser ended on a bound
 
 # %% ../../nbs/30_calibration/35_result.ipynb #6978ceab
@@ -318,7 +344,7 @@ class ResultCore(ResultPart):
     recommended_iv_multiplier: float | None = None
     multiplier_method: str | None = None  # which candidate that is
     multiplier_candidates: MultiplierCandidates = Field(default_factory=MultiplierCandidates)
-    rows: list[dict[str, Any]] = []  # a seeded sample
+    rows: Records = []  # a seeded sample
     rows_total: int | None = None  # how many there were
 
 # %% ../../nbs/30_calibration/35_result.ipynb #e7ba4a23
@@ -374,6 +400,7 @@ class CalibrationResult(ResultViews, ResultCore):
     recommended_skew: SkewFit | None = None
     current_skew: SkewFit | None = None
     skew_misfit: SkewMisfit | None = None
+    surface_source: str | None = None  # where the judged surface comes from: configured, or applied when and from which run
     current_vol_surface: dict[str, Any] | None = None
     recommended_vol_surface: dict[str, Any] | None = None
     vol_surface_diff: VolSurfaceDiff | None = None
@@ -384,7 +411,7 @@ class CalibrationResult(ResultViews, ResultCore):
     reproducibility: Reproducibility | None = None
     snapshot_count: int | None = None
     time_range: TimeRange | None = None
-    timeline: list[dict[str, Any]] = []  # per snapshot: time, spot, rv, atm_iv, ...
+    timeline: Records = []  # per snapshot: time, spot, rv, atm_iv, ...
     active_overrides: list[dict[str, Any]] = []  # recorded, not used
     events: dict[str, int] = {}  # drops, repairs and fallbacks by code
     notes: list[str] = []
@@ -464,18 +491,22 @@ def _metrics_line(name: str, part: Metrics) -> str:
 _METRICS_HEAD = f"{'':<26}{'options':>8}{'multiplier':>11}{'MAE %':>11}{'vMAE %':>11}{'bias %':>11}{'vol pts':>11}{'inside %':>11}"
 
 # %% ../../nbs/30_calibration/35_result.ipynb #ad5222b9
-def result_summary(
-    result: CalibrationResult,
-) -> str:
-    """The first numbers of a result as a text table."""
-    r = result
-    head = [
+def _summary_head(r: CalibrationResult) -> list[str]:
+    """What was calibrated, and the level that was found."""
+    return [
         f"{r.underlying} {r.source or ''} {_shown(r.min_dte, 0)} to {_shown(r.max_dte, 0)} days, "
         f"{r.snapshot_count or 0} snapshots, as of {f'{r.as_of:%Y-%m-%d %H:%M} UTC' if r.as_of else '-'}",
         f"multiplier {_shown(r.recommended_iv_multiplier, 3)} (now {_shown(r.iv_multiplier, 3)}), "
         f"RV {_shown(None if r.rv_annualized is None else r.rv_annualized * 100, 1, ' %')} from {r.rv_source or '-'}, "
         f"ATM IV {_shown(None if r.atm_iv is None else r.atm_iv * 100, 1, ' %')}",
     ]
+
+# %% ../../nbs/30_calibration/35_result.ipynb #d98025ba
+def result_summary(
+    result: CalibrationResult,
+) -> str:
+    """The first numbers of a result as a text table."""
+    r = result
     now = None if r.global_metrics is None else r.global_metrics.model_copy(update={"recommended_iv_multiplier": r.iv_multiplier})
     parts: list[tuple[str, Metrics | None]] = [("surface now", now), ("recommended", r.recommended_metrics)]
     parts += [("out of sample", r.out_of_sample_metrics)]
@@ -484,4 +515,4 @@ def result_summary(
     table = [_METRICS_HEAD] + [_metrics_line(name, part) for name, part in parts if part is not None]
     verdict = [f"status {r.status.upper()}: {r.reason}"] if r.status else []
     told = ["* errors of the surface now; the multiplier is the band's own fit"] if r.bands else []
-    return "\n".join(head + table + told + verdict)
+    return "\n".join(_summary_head(r) + table + told + verdict)

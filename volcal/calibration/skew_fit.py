@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,19 +18,27 @@ from ..vol.surface import SkewSurface, skew_nodes, skew_ratio_scalar
 
 # %% auto #0
 __all__ = ['FIT_DELTAS', 'TOLERANCE', 'MIN_ANCHOR_ROWS', 'MOMENTS', 'POSITIONS', 'NEAR_MONEY', 'anchor_moments',
-           'ratio_from_moments', 'FittedSkew', 'fit_skew', 'smile_position_scalar', 'position_sums',
+           'ratio_from_moments', 'FittedSkew', 'pooled_sides', 'fit_skew', 'smile_position_scalar', 'position_sums',
            'ratio_at_positions', 'level_multipliers']
 
 # %% ../../nbs/30_calibration/34_skew_fit.ipynb #68486ada
 FIT_DELTAS = (*FAR_DELTAS, *ANCHOR_DELTAS)
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # half-width of the kernel, in delta
 MIN_ANCHOR_ROWS = 3
-MOMENTS = ("count", "s0", "s1", "s2", "t0", "t1")
+MOMENTS = ("count", "s0", "s1", "s2", "t0", "t1")  # rows; sums of w, w x, w x^2, w y, w x y
 
-
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #327e1fdf
 @njit(cache=True, nogil=True, error_model="numpy")
-def anchor_moments(used, call_delta, mark_iv, atm, vega, anchors, moments):
-    """Add weighted moments of (|delta| - anchor, ratio) to `moments` (2 sides call/put, anchors, 6)."""
+def anchor_moments(
+    used,  # (n,) bool, rows that count
+    call_delta,  # (n,) N(d1), for calls and puts alike
+    mark_iv,  # (n,) decimal
+    atm,  # (n,) at-the-money IV of that row's own snapshot and expiry, decimal
+    vega,  # (n,) USD per vol point
+    anchors,  # (a,) |delta|
+    moments,  # (2 sides call/put, a, 6), added to
+):
+    """Add weighted moments of x = |delta| - anchor and y = mark IV / ATM IV to `moments`."""
     for i in range(call_delta.size):
         if not used[i] or not (atm[i] > 0.0 and mark_iv[i] > 0.0):
             continue
@@ -65,23 +74,23 @@ def ratio_from_moments(
     value = (s2 * t0 - s1 * t1) / spread
     return (value, "") if value > 0 else (math.nan, f"the fitted ratio is {value:.3f}, not a positive number")
 
-# %% ../../nbs/30_calibration/34_skew_fit.ipynb #179bc869
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #b74ea5a1
 @dataclass(frozen=True)
 class FittedSkew:
     """Ratios found, and why one is missing."""
 
     by_side: dict[str, dict[float, float]]  # side to |delta| to ratio, NaN where missing; all of FIT_DELTAS
-    pooled: dict[float, float]
-    counts: dict[str, dict[float, int]]
-    reasons: dict[str, str]
+    pooled: dict[float, float]  # |delta| to ratio, over the sides of the types that were asked for
+    counts: dict[str, dict[float, int]]  # side, or "pooled", to |delta| to options behind it
+    reasons: dict[str, str]  # "call 0.05" to why its ratio is missing
 
     def surface(self, base: SkewSurface) -> SkewSurface:
-        """`base` with the fitted ratios in place of its own; missing anchors are left out."""
+        """`base` with the fitted ratios in place of its own; missing anchors are left out, and a side that has none is read as pooled."""
         sides = {side: {d: r for d, r in table.items() if d in ANCHOR_DELTAS and math.isfinite(r)} for side, table in self.by_side.items()}
         return base.model_copy(
             update={
                 "anchor_ratios": {d: r for d, r in self.pooled.items() if d in ANCHOR_DELTAS and math.isfinite(r)} or None,
-                "anchor_ratios_by_side": sides,
+                "anchor_ratios_by_side": {side: table for side, table in sides.items() if table} or None,
                 "smile_ratios": {c: r for c, r in self.smile().items() if math.isfinite(r)} or None,
             }
         )
@@ -91,10 +100,17 @@ class FittedSkew:
         far = [d for d in FIT_DELTAS if d not in ANCHOR_DELTAS]
         return {**{d: self.by_side["call"][d] for d in far}, **{round(1 - d, 10): self.by_side["put"][d] for d in reversed(far)}}
 
-# %% ../../nbs/30_calibration/34_skew_fit.ipynb #3aeee4af
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #ec93b283
+def pooled_sides(
+    option_types: Iterable[str],  # "C", "P" or both
+) -> list[str]:  # "call", "put" or both
+    """The sides whose mean the pooled anchors are: those of the types that were asked for."""
+    return [side for kind, side in (("C", "call"), ("P", "put")) if kind in option_types]
+
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #e84dc2c3
 def fit_skew(
     moments: np.ndarray,  # (2, anchors, 6) from `anchor_moments`
-    option_types: list[str],  # with ["C"] alone the pooled anchors are the call side's
+    option_types: list[str],  # with one type alone the pooled anchors are its side's
 ) -> FittedSkew:
     """Ratios at every anchor, by side and pooled."""
     by_side: dict[str, dict[float, float]] = {}
@@ -105,21 +121,24 @@ def fit_skew(
         by_side[name] = {d: value for d, (value, _) in zip(FIT_DELTAS, fitted)}
         counts[name] = {d: int(m[0]) for d, m in zip(FIT_DELTAS, table)}
         reasons |= {f"{name} {d:.2f}": why for d, (_, why) in zip(FIT_DELTAS, fitted) if why}
-    sides = ["call"] if list(option_types) == ["C"] else ["call", "put"]
+    sides = pooled_sides(option_types)
     values = np.array([[by_side[side][d] for d in FIT_DELTAS] for side in sides])
-    weights = np.where(np.isfinite(values), moments[: len(sides), :, 1], 0.0)
+    weights = np.where(np.isfinite(values), moments[[("call", "put").index(side) for side in sides], :, 1], 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
         pooled = (np.nan_to_num(values) * weights).sum(axis=0) / weights.sum(axis=0)
     counts["pooled"] = {d: sum(counts[side][d] for side in sides) for d in FIT_DELTAS}
     return FittedSkew(by_side, dict(zip(FIT_DELTAS, pooled.tolist())), counts, reasons)
 
-# %% ../../nbs/30_calibration/34_skew_fit.ipynb #d2d2790c
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #b9e415c8
 POSITIONS = 201
-NEAR_MONEY = 0.10
+NEAR_MONEY = 0.10  # |call delta - 0.5| within which a row outside the skew's days counts
 
-
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #84ce267a
 @njit(cache=True, nogil=True, error_model="numpy")
-def smile_position_scalar(c, c0):
+def smile_position_scalar(
+    c,  # call delta
+    c0,  # call delta at the money, N(iv sqrt(t) / 2)
+):
     """Position along the smile: the call delta, with the money moved from `c0` to 0.5 and its two neighbours in proportion."""
     first_put = 0.65 if c0 < 0.60 else min(0.95, c0 + 0.05)
     if c <= 0.35 or c >= first_put:
@@ -128,10 +147,23 @@ def smile_position_scalar(c, c0):
         return 0.35 + (c - 0.35) / (c0 - 0.35) * 0.15
     return 0.5 + (c - c0) / (first_put - c0) * (first_put - 0.5)
 
-# %% ../../nbs/30_calibration/34_skew_fit.ipynb #048f92bd
+# %% ../../nbs/30_calibration/34_skew_fit.ipynb #4e85c6d6
 @njit(cache=True, nogil=True, error_model="numpy")
-def position_sums(labels, usable, in_window, always, call_delta, mark_iv, atm, t, vega, rv, numerator, denominator):
-    """Add vega x mark IV by position, and vega x RV, to each group; rows outside the skew's days enter near the money only, at position 0.5."""
+def position_sums(
+    labels,  # (n, partitions) group of each row in each partition, -1 for none
+    usable,  # (n,) bool
+    in_window,  # (n,) bool, within the days of the skew
+    always,  # whether rows outside those days count whatever their delta
+    call_delta,  # (n,) N(d1)
+    mark_iv,  # (n,) decimal
+    atm,  # (n,) at-the-money IV of the row's snapshot and expiry, NaN where unknown
+    t,  # (n,) years
+    vega,  # (n,) USD per vol point
+    rv,  # (n,) realized volatility of the row's snapshot, decimal
+    numerator,  # (groups, POSITIONS), added to
+    denominator,  # (groups,), added to
+):
+    """Add vega x mark IV by position, and vega x RV, to each group."""
     for i in range(call_delta.size):
         if not usable[i]:
             continue

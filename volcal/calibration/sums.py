@@ -5,18 +5,23 @@
 # %% ../../nbs/30_calibration/35b_sums.ipynb #25f6b7bf
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from numba import njit
 
 from . import residuals as res
-from .buckets import GroupLayout, group_labels, group_layout
-from .config import CalibrationConfig
-from .filters import count_by_rule, liquidity_filter, row_keys, stratified_sample, time_keys
-from .residuals import COL, accumulate, error_histogram, price_scale, ratio, residuals
+from .buckets import GroupLayout, LabelTable, group_labels, group_layout, label_table
+from .config import CalibrationConfig, judged_surface
+from .filters import liquidity_filter, row_keys, stratified_sample, time_keys
+from .residuals import COL, accumulate, add_to_histogram, price_scale, ratio, residual_kernel, residuals
 from .result import MultiplierCandidates
 from volcal.calibration.skew_fit import (
     FIT_DELTAS,
@@ -28,24 +33,26 @@ from volcal.calibration.skew_fit import (
     level_multipliers,
     position_sums,
 )
-from ..market.chain import Chain
-from ..vol.sensors import ExpiryGroups, chain_levels, expiry_groups
-from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, template_skew, term_multiplier
+from ..market.chain import Chain, read_only
+from ..units import NS_PER_DAY, ConfigError
+from ..vol.sensors import ExpiryGroups, call_sign, expiry_groups, expiry_table, level_columns, snapshot_position
+from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, term_multiplier
 
 # %% auto #0
-__all__ = ['SAMPLE_ROWS', 'ALL_KEYS', 'ROW_INPUTS', 'ROW_NUMBERS', 'configured_surface', 'Plan', 'make_plan', 'Sums',
-           'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare', 'surface_iv', 'errors_of',
-           'add_errors', 'chain_sums', 'Fit', 'fit_sums', 'group_candidates']
+__all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'ROW_INPUTS', 'BLOCK', 'ROW_NUMBERS', 'READ_COLUMNS', 'configured_surface',
+           'Plan', 'make_plan', 'Sums', 'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare',
+           'row_values', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'columns_needed', 'Fit', 'fit_sums',
+           'group_candidates']
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #362797c0
 SAMPLE_ROWS = 200_000
+MAX_BANDS = 60  # a row's samples are the bits of one number
 ALL_KEYS = np.uint64(2**64 - 1)
 
 
 def configured_surface(config: CalibrationConfig) -> VolSurface:
-    """The surface that a config describes: its multiplier and skew days, with the skew template of the settings."""
-    skew = template_skew(enabled=config.skew.enabled, min_dte=config.skew.min_dte, max_dte=config.skew.max_dte)
-    return VolSurface(iv_multiplier=config.iv_multiplier, rv_window_days=config.rv_window_days, skew=skew)
+    """The surface to judge: the config's `vol_surface`, else its multiplier and skew days with the template of the settings."""
+    return judged_surface(config)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #e4e6b29b
 @dataclass(frozen=True)
@@ -65,12 +72,16 @@ def make_plan(
     expected_rows: int = 0,  # upper estimate of the rows in the window; 0 keeps all for pass 2
     regimes: tuple[str, ...] = (),  # names of the regimes that label snapshots
 ) -> Plan:
-    """Work a config out."""
+    """Work a config out. Thresholds are steps of two, so that a day more or less in the window seldom moves them. Raises `ConfigError` for too many bands."""
+    if len(config.bands or []) > MAX_BANDS:
+        raise ConfigError(f"{len(config.bands or [])} bands are more than the {MAX_BANDS} that one run can hold, so nothing was computed; use fewer")
 
     def threshold(wanted: int) -> np.uint64:
-        return ALL_KEYS if config.exact_metrics or expected_rows <= wanted else np.uint64(int(2**64 * wanted / expected_rows))
+        if config.exact_metrics or expected_rows <= wanted:
+            return ALL_KEYS
+        return np.uint64(2 ** (64 - math.floor(math.log2(expected_rows / wanted))) - 1)
 
-    rows = threshold(4 * SAMPLE_ROWS)
+    rows = threshold(2 * SAMPLE_ROWS)
     ladder = threshold(2 * SAMPLE_ROWS) if config.error_ladder else np.uint64(0)
     return Plan(config, group_layout(config, regimes), configured_surface(config), regimes, rows, ladder)
 
@@ -86,9 +97,9 @@ class Sums:
     histogram: np.ndarray  # (bins,) of |pct_error|
     counts: Counter = field(default_factory=Counter)  # events by code
     liquidity: Counter = field(default_factory=Counter)  # rows dropped by liquidity rule
-    rows: list[pd.DataFrame] = field(default_factory=list)
-    timeline: list[pd.DataFrame] = field(default_factory=list)
-    snapshots: list[pd.DataFrame] = field(default_factory=list)  # quality counts of the chain room
+    rows: list[pa.Table | pd.DataFrame] = field(default_factory=list)
+    timeline: list[pa.Table] = field(default_factory=list)
+    snapshots: list[pa.Table] = field(default_factory=list)  # quality counts of the chain room
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #c8bb58f4
 def empty_sums(layout: GroupLayout) -> Sums:
@@ -103,10 +114,15 @@ def empty_sums(layout: GroupLayout) -> Sums:
     )
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #91420616
-def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+def stacked(
+    parts: Sequence[Any],  # frames or Arrow tables
+) -> pd.DataFrame:
     """The pieces as one frame; empty where there is none."""
-    some = [part for part in parts if len(part)]
-    return pd.concat(some, ignore_index=True) if some else pd.DataFrame()
+    frames: list[pd.DataFrame] = []
+    for is_arrow, run in itertools.groupby((part for part in parts if len(part)), key=lambda part: isinstance(part, pa.Table)):
+        some = list(run)
+        frames += [pa.concat_tables(some, promote_options="default").to_pandas()] if is_arrow else some
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #a66e2e59
 def add_sums(
@@ -151,14 +167,20 @@ def trim_sample(rows: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/30_calibration/35b_sums.ipynb #493dc97e
 @dataclass(frozen=True)
 class Prepared:
-    """A chain with what every row needs, and its samples."""
+    """The rows of a chain that count, and its samples."""
 
-    frame: pd.DataFrame  # the union of all samples
-    columns: dict[str, np.ndarray]
-    selected: dict[str, np.ndarray]  # samples over the union
+    member: np.ndarray  # (n,) int64, one bit per sample
+    samples: dict[str, int]  # the bit of each
+    place: np.ndarray  # (n,) row of the chain's snapshots
+    sign: np.ndarray  # (n,) +1 call, -1 put
+    keys: np.ndarray  # (n,) uint64 of `row_keys`
+    groups: ExpiryGroups
     counts: Counter
     liquidity: Counter
-    groups: ExpiryGroups  # of the whole chain
+
+    def selected(self, sample: str) -> np.ndarray:  # (n,) bool
+        """The rows of one sample."""
+        return (self.member & (1 << self.samples[sample])) != 0
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #0edbf4b6
 def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | None]]:
@@ -173,61 +195,80 @@ def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | No
     return out
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #60798951
+@njit(cache=True, nogil=True, error_model="numpy")
+def _memberships(dte, sign, types, first, snapshot, whole, low, high, member, counts, dropped):
+    """Samples of each row as bits, the ladder's after those of the ranges; what is excluded is counted."""
+    for i in range(dte.size):
+        bits = 0
+        for j in range(low.size):
+            bits |= (1 << j) if low[j] <= dte[i] <= high[j] else 0
+        if bits == 0:
+            counts[0] += 1
+        elif not (types[0] if sign[i] > 0.0 else types[1]):
+            counts[1] += 1
+            bits = 0
+        elif first[i] >= 0:
+            dropped[first[i]] += 1
+            bits = 0
+        member[i] = bits | (1 << low.size) if bits & 1 and whole[snapshot[i]] else bits
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #64ca8131
+def _thin(member: np.ndarray, bit: int, cap: int | None, snapshot: np.ndarray, stratum: np.ndarray, keys: np.ndarray) -> int:
+    """Take the rows beyond a sample's cap out of it; how many."""
+    if not cap:
+        return 0
+    inside = (member & (1 << bit)) != 0
+    beyond = inside & ~stratified_sample(inside, snapshot, stratum, keys, cap)
+    member[beyond] &= ~(1 << bit)
+    return int(beyond.sum())
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #6df85642
 def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row counts
     """Filter and sample a chain, counting every exclusion."""
-    config, frame = plan.config, chain.frame
-    if not len(frame):
+    if not len(chain):
         return None
-    groups = expiry_groups(frame)
-    group, atm = groups.group, groups.atm
-    sign = np.where(frame["option_type"].array == "C", 1.0, -1.0)
-    dte = frame["dte"].to_numpy()
-    in_range = {name: (dte >= low) & (dte <= high) for name, (low, high, _) in _ranges(config).items()}
-    anywhere = np.logical_or.reduce(list(in_range.values()))
-    of_type = np.isin(sign, [1.0 if kind == "C" else -1.0 for kind in config.option_types])
-    liquid, first, rules = liquidity_filter(frame, config.filters)
-    counts = Counter({"outside_dte_ranges": int((~anywhere).sum()), "option_type_not_used": int((anywhere & ~of_type).sum())})
-    liquidity = Counter(count_by_rule(first, anywhere & of_type, rules))
-    times = chain.snapshots["time"].array.asi8[_position(chain, frame)]
-    keys = row_keys(frame["instrument_name"], times, config.seed)
-    usable = of_type & liquid
-    stratum = group.astype(np.int64) * 2 + (sign < 0)
-    samples = {
-        name: stratified_sample(usable & in_range[name], frame["snapshot"].to_numpy(), stratum, keys, cap)
-        for name, (_, _, cap) in _ranges(config).items()
-    }
-    counts["not_sampled"] = int((usable & in_range["headline"]).sum() - samples["headline"].sum())
-    samples["ladder"] = usable & in_range["headline"] & (time_keys(times, config.seed) <= plan.snapshot_threshold) & config.error_ladder
-    union = np.logical_or.reduce(list(samples.values()))
-    part = frame[union].reset_index(drop=True)
-    columns = _columns(part, plan, group[union], atm[group][union], sign[union], keys[union])
-    return Prepared(part, columns, {name: mask[union] for name, mask in samples.items()}, counts, liquidity, groups)
+    config, columns, ranges = plan.config, chain.columns, _ranges(plan.config)
+    groups, place, sign = expiry_groups(columns), snapshot_position(chain), call_sign(columns)
+    times = chain.tallies["time"].asi8
+    keys = row_keys(columns["instrument_name"], times[place], config.seed)
+    _, first, rules = liquidity_filter(columns, config.filters)
+    whole = (time_keys(times, config.seed) <= plan.snapshot_threshold) & config.error_ladder
+    low, high = np.array([(low, high) for low, high, _ in ranges.values()]).T
+    types = np.array([kind in config.option_types for kind in ("C", "P")])
+    member, excluded, dropped = np.empty(sign.size, dtype=np.int64), np.zeros(2, dtype=np.int64), np.zeros(len(rules), dtype=np.int64)
+    _memberships(columns["dte"], sign, types, first, place, whole, low, high, member, excluded, dropped)
+    thinned = [_thin(member, bit, cap, columns["snapshot"], groups.group * 2 + (sign < 0), keys) for bit, (_, _, cap) in enumerate(ranges.values())]
+    counts = Counter({"outside_dte_ranges": int(excluded[0]), "option_type_not_used": int(excluded[1]), "not_sampled": thinned[0]})
+    samples = {name: bit for bit, name in enumerate([*ranges, "ladder"])}
+    return Prepared(member, samples, place, sign, keys, groups, counts, Counter(dict(zip(rules, dropped.tolist()))))
 
-# %% ../../nbs/30_calibration/35b_sums.ipynb #5e7401a1
-def _position(chain: Chain, frame: pd.DataFrame) -> np.ndarray:
-    """Row of `chain.snapshots` that each row of the frame belongs to."""
-    snapshots, of_row = chain.snapshots["snapshot"].to_numpy(), frame["snapshot"].to_numpy()
-    numbered = snapshots.size > 0 and snapshots[0] == 0 and snapshots[-1] == snapshots.size - 1
-    return of_row if numbered else np.searchsorted(snapshots, of_row)
-
-
+# %% ../../nbs/30_calibration/35b_sums.ipynb #7da2746e
 ROW_INPUTS = (
     "mark_price", "mark_iv", "forward", "strike", "t", "dte", "vega", "call_delta", "abs_delta", "best_bid_price", "best_ask_price",
 )  # fmt: skip
 
 
-def _columns(
-    frame: pd.DataFrame, plan: Plan, group: np.ndarray, atm: np.ndarray, sign: np.ndarray, keys: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The numbers of each row, as plain arrays for the compiled loops."""
-    out: dict[str, np.ndarray] = {name: np.ascontiguousarray(frame[name].to_numpy(), dtype=np.float64) for name in ROW_INPUTS}
-    days = frame["expiry"].array.asi8 // 86_400_000_000_000
-    inverse = np.asarray(frame["settlement"].array == "inverse")
-    out |= {"group": group, "atm": atm, "sign": sign, "key": keys, "weekday": ((days + 3) % 7).astype(np.int64)}
-    out["scale"] = price_scale(inverse, out["forward"], out["t"], plan.config.risk_free_rate)
-    skew = plan.surface.skew
-    out["in_window"] = skew.enabled & (out["dte"] >= skew.min_dte) & (out["dte"] <= skew.max_dte)
-    return out
+def row_values(
+    chain: Chain,
+    ready: Prepared,
+    plan: Plan,
+    rv: np.ndarray,  # (snapshots of the chain,) realized vol at each
+    regime: np.ndarray,  # (snapshots of the chain,) regime number, -1 unknown
+    at: np.ndarray,  # (m,) rows of the chain
+) -> dict[str, np.ndarray]:  # (m,) each
+    """What pricing and its judgement need of some rows."""
+    skew, where = plan.surface.skew, ready.place[at]
+    out: dict[str, np.ndarray] = {name: chain.columns[name][at] for name in ROW_INPUTS}
+    inverse = chain.columns["settlement"].codes[at] == 0
+    return out | {
+        "atm": ready.groups.atm[ready.groups.group[at]], "rv": rv[where], "sign": ready.sign[at],
+        "scale": price_scale(inverse, out["forward"], out["t"], plan.config.risk_free_rate), "weekday": _weekdays(ready.groups)[ready.groups.number[at]],
+        "regime": regime[where], "in_window": skew.enabled & (out["dte"] >= skew.min_dte) & (out["dte"] <= skew.max_dte),
+    }
+
+
+def _weekdays(groups: ExpiryGroups) -> np.ndarray:  # (expiries,) 0 = Monday
+    return (groups.expiry_ns // NS_PER_DAY + 3) % 7
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #25636ddd
 def surface_iv(
@@ -236,12 +277,14 @@ def surface_iv(
     level: np.ndarray | None = None,  # (n,) at-the-money level instead of RV x multiplier
 ) -> np.ndarray:  # (n,) synthetic IV, decimal; NaN without RV. The runtime override is not read here.
     """Synthetic IV of prepared rows under a surface."""
-    base = c["rv"] * term_multiplier(surface, c["dte"]) if level is None else level
+    if level is None:
+        base = np.where(np.isfinite(c["rv"]), surface.fixed_iv or math.nan, math.nan) if surface.iv_mode == "fixed" else c["rv"]
+        level = base * term_multiplier(surface, c["dte"])
     if not surface.skew.enabled:
-        return base
-    out = np.empty(base.size)
+        return level
+    out = np.empty(level.size)
     skewed_iv_kernel(
-        base, c["forward"], c["strike"], c["t"], c["dte"], surface.skew.min_dte, surface.skew.max_dte, *skew_nodes(surface.skew), out
+        level, c["forward"], c["strike"], c["t"], c["dte"], surface.skew.min_dte, surface.skew.max_dte, *skew_nodes(surface.skew), out
     )
     return out
 
@@ -279,6 +322,145 @@ def add_errors(
     )
     return price, pct, ive
 
+# %% ../../nbs/30_calibration/35b_sums.ipynb #078cd701
+class _Columns(NamedTuple):
+    """What the loop reads, one value per row of the chain."""
+
+    mark_price: np.ndarray
+    mark_iv: np.ndarray
+    forward: np.ndarray
+    strike: np.ndarray
+    t: np.ndarray
+    dte: np.ndarray
+    vega: np.ndarray
+    call_delta: np.ndarray
+    best_bid_price: np.ndarray
+    best_ask_price: np.ndarray
+    sign: np.ndarray
+    linear: np.ndarray  # int8
+    term: np.ndarray  # multiplier of the surface at each row's days
+    member: np.ndarray  # int64
+    place: np.ndarray  # int64, its snapshot
+    group: np.ndarray  # int64, its snapshot and expiry
+    number: np.ndarray  # int64, its expiry
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #7193573e
+class _Shared(NamedTuple):
+    rv: np.ndarray  # (snapshots,)
+    regime: np.ndarray  # (snapshots,)
+    atm: np.ndarray  # (groups,)
+    weekday: np.ndarray  # (expiries,)
+
+
+class _Rules(NamedTuple):
+    labels: LabelTable
+    fixed_iv: float  # NaN: realized vol x multiplier
+    skewed: bool
+    skew_days: tuple[float, float]
+    deltas: np.ndarray  # nodes of the surface's skew
+    ratios: np.ndarray
+    rate: float
+    anchors: np.ndarray  # of the skew fit
+    fit_days: tuple[float, float]
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #5d3a7ea5
+BLOCK = 1024
+
+
+class _Scratch(NamedTuple):
+    """Room for one block."""
+
+    x: np.ndarray  # (9, BLOCK) scale, rv, atm, |delta|, level, IV, price, percent error, IV error
+    whole: np.ndarray  # (2, BLOCK) int64 weekday, regime
+    flags: np.ndarray  # (4, BLOCK) bool: in the skew's days, RV known, counted in the skew fit, counted in the histogram
+    buckets: np.ndarray  # (3, BLOCK) int32
+    labels: np.ndarray  # (BLOCK, partitions) int32
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fill_block(n, c, shared, rules, scratch, used, missing):
+    """The block's own numbers; `used` counts the headline's rows per snapshot, `missing` those without RV and without a volatility at the money."""
+    _, _, forward, _, t, dte, _, call_delta, _, _, sign, linear, term, member, place, group, number = c
+    rv_of, regime_of, atm_of, weekday_of = shared
+    _, fixed_iv, skewed, (low, high), _, _, rate, _, (fit_low, fit_high) = rules
+    x, whole, flags = scratch[0], scratch[1], scratch[2]
+    for i in range(n):
+        s, head = place[i], (member[i] & 1) != 0
+        rv, atm = rv_of[s], atm_of[group[i]]
+        known = math.isfinite(rv)
+        x[0, i], x[1, i], x[2, i] = math.exp(-rate * t[i]) if linear[i] else 1.0 / forward[i], rv, atm
+        x[3, i], x[4, i] = call_delta[i] if sign[i] > 0.0 else 1.0 - call_delta[i], (fixed_iv if known and not math.isnan(fixed_iv) else rv) * term[i]
+        whole[0, i], whole[1, i] = weekday_of[number[i]], regime_of[s]
+        flags[0, i], flags[1, i], flags[3, i] = skewed and low <= dte[i] <= high, known, head and known
+        flags[2, i] = head and fit_low <= dte[i] <= fit_high
+        used[s] += head
+        missing[0] += head and not known
+        missing[1] += head and not atm > 0.0
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #a826394a
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_block(n, c, rules, scratch, groups, positions, position_rv, moments, histogram):
+    """Add a filled block to every sum."""
+    mark, mark_iv, forward, strike, t, dte, vega, delta, bid, ask, sign, _, _, member, _, _, _ = c
+    table, _, skewed, (low, high), deltas, ratios, _, anchors, _ = rules
+    x, whole, flags, buckets, labels = scratch
+    scale, rv, atm, abs_delta, level = x[0][:n], x[1][:n], x[2][:n], x[3][:n], x[4][:n]
+    iv, price, pct, ive = x[5][:n], x[6][:n], x[7][:n], x[8][:n]
+    if skewed:
+        skewed_iv_kernel(level, forward, strike, t, dte, low, high, deltas, ratios, iv)
+    else:
+        iv[:] = level
+    residual_kernel(mark, mark_iv, iv, forward, strike, t, sign, scale, price, pct, ive)
+    group_labels(table, sign, whole[0][:n], whole[1][:n], dte, abs_delta, member, buckets, labels)
+    accumulate(labels, pct, ive, price, vega, bid, ask, mark_iv, iv, rv, atm, forward, groups)
+    position_sums(labels, flags[1][:n], flags[0][:n], not skewed, delta, mark_iv, atm, t, vega, rv, positions, position_rv)
+    anchor_moments(flags[2][:n], delta, mark_iv, atm, vega, anchors, moments)
+    add_to_histogram(pct, flags[3][:n], histogram)
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #250a9a9d
+@njit(cache=True, nogil=True, error_model="numpy")
+def _cut(columns, start, stop):
+    """The rows of a block, without a copy."""
+    a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q = columns
+    return (
+        a[start:stop], b[start:stop], c[start:stop], d[start:stop], e[start:stop], f[start:stop], g[start:stop], h[start:stop], i[start:stop],
+        j[start:stop], k[start:stop], l[start:stop], m[start:stop], n[start:stop], o[start:stop], p[start:stop], q[start:stop],
+    )
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _add_rows(columns, shared, rules, scratch, groups, positions, position_rv, moments, histogram, used, missing):
+    """Add all rows to every sum; those of no sample count nowhere."""
+    rows = columns[0].size
+    for start in range(0, rows, BLOCK):
+        stop = min(start + BLOCK, rows)
+        block = _cut(columns, start, stop)
+        _fill_block(stop - start, block, shared, rules, scratch, used, missing)
+        _add_block(stop - start, block, rules, scratch, groups, positions, position_rv, moments, histogram)
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #346ea404
+def _loop_columns(chain: Chain, ready: Prepared, plan: Plan) -> _Columns:
+    columns, groups = chain.columns, ready.groups
+    given = {name: read_only(columns[name]) for name in _Columns._fields[:10]}
+    term, linear = read_only(term_multiplier(plan.surface, given["dte"])), read_only(columns["settlement"].codes, np.int8)
+    whole = [read_only(values, np.int64) for values in (ready.member, ready.place, groups.group, groups.number)]
+    return _Columns._make([*given.values(), read_only(ready.sign), linear, term, *whole])
+
+
+def _loop_scratch(partitions: int) -> _Scratch:
+    whole, flags = np.empty((2, BLOCK), dtype=np.int64), np.empty((4, BLOCK), dtype=np.bool_)
+    return _Scratch(np.empty((9, BLOCK)), whole, flags, np.empty((3, BLOCK), dtype=np.int32), np.empty((BLOCK, partitions), dtype=np.int32))
+
+
+def _loop_rules(plan: Plan, samples: dict[str, int]) -> _Rules:
+    config, surface = plan.config, plan.surface
+    nodes = skew_nodes(surface.skew) if surface.skew.enabled else (np.zeros(0), np.zeros(0))
+    fixed = math.nan if surface.iv_mode != "fixed" or surface.fixed_iv is None else surface.fixed_iv
+    return _Rules(
+        label_table(plan.layout, config, samples), fixed, surface.skew.enabled, (float(surface.skew.min_dte), float(surface.skew.max_dte)), nodes[0], nodes[1],
+        float(config.risk_free_rate), np.array(FIT_DELTAS), (float(config.skew.min_dte), float(config.skew.max_dte)),
+    )
+
 # %% ../../nbs/30_calibration/35b_sums.ipynb #de45cd23
 def chain_sums(
     chain: Chain,
@@ -288,67 +470,56 @@ def chain_sums(
 ) -> Sums:
     """Pass 1 of one chain, or of all chains of a day."""
     out = empty_sums(plan.layout)
-    out.snapshots = [chain.snapshots]
+    out.snapshots = [pa.table(dict(chain.tallies) | {name: _utc_array(chain.tallies[name].asi8) for name in ("time", "first_time")})]
     ready = prepare(chain, plan)
     if ready is None:
         return out
-    c, config = ready.columns, plan.config
-    where = _position(chain, ready.frame)
-    c["rv"] = np.asarray(rv, dtype=np.float64)[where]
-    c["regime"] = np.full(where.size, -1) if regime is None else np.asarray(regime)[where]
-    known = np.isfinite(c["rv"])
-    labels = group_labels(plan.layout, config, c, {"buckets": np.zeros(where.size, dtype=bool), **ready.selected})
-    iv = surface_iv(plan.surface, c)
-    _, pct, _ = add_errors(c, iv, labels, out.groups)
-    headline = ready.selected["headline"]
-    out.histogram = error_histogram(pct[headline & known])
-    anchor_moments(headline & _skew_days(c, config), c["call_delta"], c["mark_iv"], c["atm"], c["vega"], np.array(FIT_DELTAS), out.moments)
-    along = (c["in_window"], not plan.surface.skew.enabled, c["call_delta"], c["mark_iv"], c["atm"], c["t"], c["vega"], c["rv"])
-    position_sums(labels, known, *along, out.positions, out.position_rv)
-    out.counts = ready.counts + Counter(
-        {"rows_without_trusted_rv": int((headline & ~known).sum()), "rows_without_atm": int((headline & ~(c["atm"] > 0)).sum())}
-    )
+    rv, regime = np.asarray(rv, dtype=np.float64), np.full(len(rv), -1) if regime is None else np.asarray(regime, dtype=np.int64)
+    shared = _Shared(rv, regime, ready.groups.atm, _weekdays(ready.groups))
+    used, missing = np.zeros(rv.size, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    columns, rules = _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
+    scratch = _loop_scratch(len(rules.labels.partitions))
+    _add_rows(columns, shared, rules, scratch, out.groups, out.positions, out.position_rv, out.moments, out.histogram, used, missing)
+    out.counts = ready.counts + Counter({"rows_without_trusted_rv": int(missing[0]), "rows_without_atm": int(missing[1])})
     out.liquidity = ready.liquidity
-    out.rows = [_sample_rows(chain, ready, plan, where)]
-    out.timeline = [_timeline(chain, ready, np.asarray(rv, dtype=np.float64))]
+    out.rows = [_sample_rows(chain, ready, plan, rv, regime)]
+    levels = level_columns(chain, expiry_table(chain.columns, ready.groups))
+    out.timeline = [pa.table(levels | {"time": _utc_array(chain.tallies["time"].asi8), "rv": rv, "rows": used})]
     return out
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #e6230d46
-def _skew_days(c: dict[str, np.ndarray], config: CalibrationConfig) -> np.ndarray:
-    return (c["dte"] >= config.skew.min_dte) & (c["dte"] <= config.skew.max_dte)
-
-# %% ../../nbs/30_calibration/35b_sums.ipynb #34b61397
 ROW_NUMBERS = (*ROW_INPUTS, "atm", "rv", "sign", "scale", "weekday", "regime", "in_window")
 
 
-def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, where: np.ndarray) -> pd.DataFrame:
-    """Rows kept for pass 2: by row key, and whole snapshots by snapshot key for the ladder."""
-    c, headline = ready.columns, ready.selected["headline"]
-    times = chain.snapshots["time"].array.asi8[where]
-    snapshot_key = time_keys(times, plan.config.seed)
-    ladder = ready.selected["ladder"]
-    bands = [ready.selected[f"band:{b.name}"] for b in plan.config.bands or []] if plan.config.multiplier_method == "min_mae" else []
-    wanted = np.logical_or.reduce([headline, *bands])
-    keep = np.flatnonzero((wanted & (c["key"] <= plan.row_threshold)) | ladder)
-    rows = pd.DataFrame({name: c[name][keep] for name in ROW_NUMBERS})
-    part = ready.frame.iloc[keep]
-    rows["time_ns"], rows["expiry_ns"] = times[keep], part["expiry"].array.asi8
-    rows["harvest_time"] = part["harvest_time"].array
-    rows["instrument_name"] = part["instrument_name"].astype(object).to_numpy()
-    rows["row_key"], rows["snapshot_key"] = c["key"][keep], snapshot_key[keep]
-    rows["in_headline"], rows["in_ladder"] = headline[keep] & (c["key"][keep] <= plan.row_threshold), ladder[keep]
-    for band, mask in zip(plan.config.bands or [], bands):
-        rows[f"band:{band.name}"] = mask[keep]
-    return rows
+def _utc_array(time_ns: np.ndarray) -> pa.Array:
+    return pa.array(time_ns.view("datetime64[ns]")).cast(pa.timestamp("ns", "UTC"))
 
-# %% ../../nbs/30_calibration/35b_sums.ipynb #44c69bd5
-def _timeline(chain: Chain, ready: Prepared, rv: np.ndarray) -> pd.DataFrame:
-    """One row per snapshot: what sensors keep of it, its RV, and the rows used."""
-    levels, _ = chain_levels(chain, ready.groups)
-    snapshots = chain.snapshots["snapshot"].to_numpy()
-    used = ready.frame["snapshot"].to_numpy()[ready.selected["headline"]]
-    rows = np.bincount(np.searchsorted(snapshots, used), minlength=snapshots.size)
-    return levels.assign(rv=rv, rows=rows)
+
+def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regime: np.ndarray) -> pa.Table:
+    """Rows kept for pass 2: by row key, and whole snapshots by snapshot key for the ladder."""
+    headline, ladder, small = ready.selected("headline"), ready.selected("ladder"), ready.keys <= plan.row_threshold
+    names = [f"band:{band.name}" for band in plan.config.bands or []] if plan.config.multiplier_method == "min_mae" else []
+    bands = {name: ready.selected(name) for name in names}
+    at = np.flatnonzero((np.logical_or.reduce([headline, *bands.values()]) & small) | ladder)
+    times, of, columns = chain.tallies["time"].asi8, ready.place[at], chain.columns
+    return pa.table({
+        **row_values(chain, ready, plan, rv, regime, at),
+        "time_ns": times[of], "expiry_ns": ready.groups.expiry_ns[ready.groups.number[at]], "harvest_time": _utc_array(columns["harvest_time"].asi8[at]),
+        "instrument_name": pa.array(columns["instrument_name"].categories.take(columns["instrument_name"].codes[at]), pa.string()),
+        "row_key": ready.keys[at], "snapshot_key": time_keys(times, plan.config.seed)[of],
+        "in_headline": (headline & small)[at], "in_ladder": ladder[at], **{name: mask[at] for name, mask in bands.items()},
+    })
+
+# %% ../../nbs/30_calibration/35b_sums.ipynb #df956631
+READ_COLUMNS = ("harvest_time", "instrument_name", "expiry", "expiry_timestamp", "option_type", "strike", "underlying_price", "index_price",
+                "mark_price", "best_bid_price", "best_ask_price", "bid_iv", "ask_iv", "mark_iv")
+
+
+def columns_needed(
+    config: CalibrationConfig,
+) -> list[str]:  # of the harvest layout
+    """The columns that pass 1 rests on."""
+    return [*READ_COLUMNS, *(["open_interest"] if config.filters.min_open_interest is not None else [])]
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #b29eaf3b
 @dataclass(frozen=True)

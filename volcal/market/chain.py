@@ -5,9 +5,10 @@
 # %% ../../nbs/10_market/13_chain.ipynb #b9c74906
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
@@ -17,8 +18,8 @@ import pandas as pd
 from numba import njit
 
 from .implied import implied_vol_scalar
-from .instruments import format_instrument, parse_instruments, settlement_of
-from .pricing import black76_price, call_delta_scalar, price_scalar, vega_scalar
+from .instruments import format_instrument, instrument_columns, settlement_of
+from .pricing import black76_price, call_delta_scalar, fast_log, price_scalar, vega_scalar
 from volcal.units import (
     DAYS_PER_YEAR, EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, SchemaError, epoch_ns, to_utc, year_fraction,
 )
@@ -29,8 +30,8 @@ log = logging.getLogger("volcal.chain")
 __all__ = ['log', 'NOT_A_TIME', 'NEEDED_COLUMNS', 'TEXT_COLUMNS', 'NUMBER_COLUMNS', 'DROPS', 'SETTLEMENT_NS', 'MIN_IV', 'MAX_IV',
            'DECIMAL_IV_MEDIAN', 'NO_QUOTE_IV', 'MONEY_BAND', 'FORWARD_TOLERANCE', 'SCATTER_TOLERANCE', 'MIN_PAIRS',
            'MARK_TOLERANCE', 'MARK_FLOOR', 'MIN_MARKS_TESTED', 'FORWARD_MODES', 'sample_snapshot', 'epoch_scale',
-           'epoch_to_ns', 'read_numbers', 'read_texts', 'read_times', 'read_expiries', 'harmonise', 'Count', 'Chain',
-           'parity_forward', 'normalize_chain']
+           'epoch_to_ns', 'read_numbers', 'read_texts', 'read_times', 'read_expiries', 'harmonise', 'Count',
+           'LazyColumns', 'Chain', 'read_only', 'parity_forward', 'normalize_chain']
 
 # %% ../../nbs/10_market/13_chain.ipynb #a72d8761
 def sample_snapshot(
@@ -63,7 +64,7 @@ NOT_A_TIME = np.iinfo(np.int64).min
 
 
 def _utc_index(ns: np.ndarray) -> pd.DatetimeIndex:
-    return pd.DatetimeIndex(ns.view("datetime64[ns]")).tz_localize("UTC")
+    return pd.DatetimeIndex(ns.view("datetime64[ns]"), tz="UTC", copy=False)
 
 
 def epoch_scale(
@@ -90,7 +91,9 @@ def read_numbers(
     column: Any,  # (n,) numbers in any guise
 ) -> np.ndarray:  # (n,) float64; NaN where there is none
     """Numbers as doubles."""
-    series = pd.Series(column)
+    if isinstance(column, np.ndarray) and column.dtype == np.float64:
+        return column
+    series = column if isinstance(column, pd.Series) else pd.Series(column)
     if series.dtype == np.float64:
         return series.to_numpy()
     if isinstance(series.dtype, pd.CategoricalDtype):
@@ -104,15 +107,24 @@ def read_texts(
     column: Any,  # (n,) text of any kind
 ) -> Any:  # (n,) Categorical
     """Text, each distinct one held once."""
-    series = pd.Series(column)
-    return pd.Categorical(series if isinstance(series.dtype, pd.CategoricalDtype) else series.astype(object))
+    if isinstance(column, pd.Categorical):
+        return column
+    series = column if isinstance(column, pd.Series) else pd.Series(column)
+    return series.array if isinstance(series.dtype, pd.CategoricalDtype) else pd.Categorical(series.astype(object))
 
 # %% ../../nbs/10_market/13_chain.ipynb #a73d5941
+_UTC = pd.DatetimeTZDtype("ns", "UTC")
+
+
 def read_times(
     column: Any,  # (n,) datetimes, ISO or 27MAR26 text, or epochs
 ) -> pd.DatetimeIndex:  # (n,) datetime64[ns, UTC]; NaT where there is none
     """Points in time; those without a zone are UTC."""
-    series = pd.Series(column)
+    if isinstance(column, pd.DatetimeIndex) and column.dtype == _UTC:
+        return column
+    series = column if isinstance(column, pd.Series) else pd.Series(column)
+    if series.dtype == _UTC:
+        return pd.DatetimeIndex(series.array, copy=False)
     if isinstance(series.dtype, pd.CategoricalDtype):
         known = np.append(read_times(series.cat.categories).asi8, NOT_A_TIME)
         return _utc_index(known[series.cat.codes.to_numpy()])
@@ -125,19 +137,28 @@ def read_times(
 
 # %% ../../nbs/10_market/13_chain.ipynb #b652a990
 def read_expiries(
-    frame: pd.DataFrame,  # raw rows
+    frame: Mapping[str, Any] | pd.DataFrame,  # raw rows, with an instrument_name each
 ) -> pd.DatetimeIndex:  # (n,) datetime64[ns, UTC]; NaT where the file has none
     """Expiries from `expiry_timestamp`, else from `expiry`; a bare date means 08:00 UTC."""
-    ns = np.full(len(frame), NOT_A_TIME)
+    ns = np.full(len(frame["instrument_name"]), NOT_A_TIME)
     if "expiry_timestamp" in frame:
         stamps = frame["expiry_timestamp"]
         ns = (read_times(stamps) if stamps.dtype.kind == "M" else read_times(read_numbers(stamps))).asi8
-    if "expiry" in frame and (ns == NOT_A_TIME).any():
+    unknown = ns == NOT_A_TIME
+    if "expiry" in frame and unknown.any():
         dates = frame["expiry"] if frame["expiry"].dtype.kind == "M" else read_texts(frame["expiry"])
-        given = read_times(dates).asi8
-        bare = (given != NOT_A_TIME) & (given % NS_PER_DAY == 0)
-        ns = np.where(ns == NOT_A_TIME, np.where(bare, given + EXPIRY_HOUR_UTC * NS_PER_DAY // 24, given), ns)
+        ns = _first_known(ns, read_times(dates).asi8)
     return _utc_index(ns)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _first_known(ns, given):  # type: ignore[no-untyped-def]
+    out = ns.copy()
+    for i in range(out.size):
+        if ns[i] == NOT_A_TIME:
+            bare = given[i] != NOT_A_TIME and given[i] % NS_PER_DAY == 0
+            out[i] = given[i] + (EXPIRY_HOUR_UTC * NS_PER_DAY // 24 if bare else 0)
+    return out
 
 # %% ../../nbs/10_market/13_chain.ipynb #03e4d668
 NEEDED_COLUMNS = ("harvest_time", "instrument_name", "mark_price")
@@ -147,23 +168,28 @@ NUMBER_COLUMNS = ("strike", "underlying_price", "index_price", "mark_price", "be
                   "open_interest", "volume")
 
 
-def harmonise(
-    frame: pd.DataFrame,  # rows of one harvest file, or of several with a `snapshot` column
-) -> pd.DataFrame:  # snapshot int32, times UTC, texts categorical, numbers float64; absent columns are there and empty
-    """Raw rows in one set of types. Raises `SchemaError` where no chain can be built from them."""
-    missing = [name for name in NEEDED_COLUMNS if name not in frame]
-    if missing or frame.columns.has_duplicates:
-        fault = f"{missing} are missing" if missing else f"{sorted(set(frame.columns[frame.columns.duplicated()]))} stand there twice"
-        raise SchemaError(f"of {len(frame.columns)} columns {fault}, so no chain can be built; a harvest snapshot has at least "
+def _checked_names(frame: Mapping[str, Any] | pd.DataFrame) -> None:
+    names = [str(name) for name in frame]
+    missing, doubled = [name for name in NEEDED_COLUMNS if name not in names], sorted({name for name in names if names.count(name) > 1})
+    if missing or doubled:
+        fault = f"{missing} are missing" if missing else f"{doubled} stand there twice"
+        raise SchemaError(f"of {len(names)} columns {fault}, so no chain can be built; a harvest snapshot has at least "
                           f"{', '.join(NEEDED_COLUMNS)}, once each")
+
+
+def harmonise(
+    frame: Mapping[str, Any] | pd.DataFrame,  # rows of one harvest file, or of several with a `snapshot` column
+) -> dict[str, Any]:  # snapshot int32, times UTC, texts categorical, numbers float64; absent columns are there and empty
+    """Raw rows in one set of types. Raises `SchemaError` where no chain can be built from them."""
+    _checked_names(frame)
+    n = len(frame["instrument_name"])
     columns: dict[str, Any] = {
-        "snapshot": np.asarray(frame["snapshot"], dtype=np.int32) if "snapshot" in frame else np.zeros(len(frame), dtype=np.int32),
+        "snapshot": np.asarray(frame["snapshot"], dtype=np.int32) if "snapshot" in frame else np.zeros(n, dtype=np.int32),
         "harvest_time": read_times(frame["harvest_time"]), "expiry": read_expiries(frame),
     }
-    columns |= {name: read_texts(frame[name] if name in frame else np.full(len(frame), None)) for name in TEXT_COLUMNS}
-    columns |= {name: read_numbers(frame[name]) if name in frame else np.full(len(frame), np.nan) for name in NUMBER_COLUMNS}
-    columns |= {str(name): read_numbers(frame[name]) for name in frame if str(name).startswith("greek_")}
-    return pd.DataFrame(columns, copy=False)
+    columns |= {name: read_texts(frame[name] if name in frame else np.full(n, None)) for name in TEXT_COLUMNS}
+    columns |= {name: read_numbers(frame[name]) if name in frame else np.full(n, np.nan) for name in NUMBER_COLUMNS}
+    return columns | {name: read_numbers(frame[name]) for name in map(str, frame) if name.startswith("greek_")}
 
 # %% ../../nbs/10_market/13_chain.ipynb #ddc851af
 class Count(IntEnum):
@@ -210,15 +236,48 @@ class Count(IntEnum):
 
 
 DROPS = tuple(Count)[2:14]
+_COUNT_NAMES = [count.name for count in Count]
 
 # %% ../../nbs/10_market/13_chain.ipynb #1d1bcbcd
+class LazyColumns(Mapping[str, Any]):
+    """Columns by name; those given as functions are worked out once, when they are read."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = dict(given)
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._given[name]
+        if callable(value):
+            value = self._given[name] = value()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+# %% ../../nbs/10_market/13_chain.ipynb #e554437e
 @dataclass(frozen=True)
 class Chain:
     """Usable options, and what became of the others."""
 
-    frame: pd.DataFrame  # one row per usable option per snapshot
+    columns: Mapping[str, Any]  # one value per usable option per snapshot
     counts: dict[str, int]  # each `Count` by name, over all snapshots
-    snapshots: pd.DataFrame  # one row per snapshot: snapshot, time, first_time, sweep_seconds, and each `Count`
+    tallies: Mapping[str, Any]  # one value per snapshot: snapshot, time, first_time, sweep_seconds, and each `Count`
+
+    def __len__(self) -> int:
+        return len(self.columns["snapshot"])
+
+    @functools.cached_property
+    def frame(self) -> pd.DataFrame:
+        """The columns as a frame, one row per usable option per snapshot."""
+        return pd.DataFrame(dict(self.columns))
+
+    @functools.cached_property
+    def snapshots(self) -> pd.DataFrame:
+        """The tallies as a frame, one row per snapshot."""
+        return pd.DataFrame(dict(self.tallies))
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -237,6 +296,7 @@ class _Names(NamedTuple):
     sign: np.ndarray  # (m,) +1 call, -1 put
     expiry_id: np.ndarray  # (m,) int64 by (asset, expiry)
     pair_id: np.ndarray  # (m,) int64 by (asset, expiry, strike)
+    asset: np.ndarray  # (m,) int64 number of the asset, -1 none
 
 # %% ../../nbs/10_market/13_chain.ipynb #0083db36
 class _Rows(NamedTuple):
@@ -272,21 +332,30 @@ class _Work(NamedTuple):
     scatter: np.ndarray  # (s, e) spread of parity forwards over strikes, relative
 
 # %% ../../nbs/10_market/13_chain.ipynb #e526c37b
+def _ranks(*keys: np.ndarray) -> np.ndarray:
+    """(m,) int64 number of each distinct combination, in order of the first key, then the second, ..."""
+    order, changed = np.lexsort(keys[::-1]), np.zeros(len(keys[0]), dtype=bool)
+    for key in keys:
+        changed[1:] |= np.diff(key[order]) != 0
+    out = np.empty(len(order), dtype=np.int64)
+    out[order] = np.cumsum(changed)
+    return out
+
+
 def _parse_names(
     names: Any,  # (m,) distinct instrument names
     asset: str | None,  # keep only this asset
-) -> tuple[_Names, pd.DataFrame]:
-    table = parse_instruments(names)
-    table["asset"] = table["asset"].astype(object).where(table["asset"].notna(), "")
-    pair_id = table.groupby(["asset", "expiry", "strike"], dropna=False).ngroup().to_numpy(dtype=np.int64)
-    expiry_id = table.groupby(["asset", "expiry"], dropna=False).ngroup().to_numpy(dtype=np.int64)
-    wanted = (table["asset"] == asset).to_numpy(dtype=bool) if asset else np.ones(len(table), dtype=bool)
-    return _Names(
-        (table["error"] == "").to_numpy(dtype=bool), wanted, (table["settlement"] == "linear").to_numpy(dtype=bool),
-        epoch_ns(table["expiry"]),
-        table["strike"].to_numpy(copy=True), np.where(table["option_type"] == "C", 1.0, -1.0), expiry_id, pair_id), table
+) -> tuple[_Names, list[str]]:  # and the assets that they are of
+    of, settlement, expiry, strikes, kind, error = instrument_columns(pd.Index(names).tolist())
+    assets = sorted({name for name in of if name})
+    number = {None: -1, **{name: i for i, name in enumerate(assets)}}
+    code, expiry_ns, strike = np.array([number[name] for name in of], dtype=np.int64), np.array(expiry, dtype=np.int64), np.array(strikes, dtype=float)
+    wanted = np.array([asset is None or name == asset for name in of], dtype=bool)
+    linear, sign = np.array([s == "linear" for s in settlement], dtype=bool), np.array([1.0 if c == "C" else -1.0 for c in kind], dtype=float)
+    expiry_id, pair_id = _ranks(code, expiry_ns), _ranks(code, expiry_ns, np.nan_to_num(strike))
+    return _Names(np.array([not e for e in error], dtype=bool), wanted, linear, expiry_ns, strike, sign, expiry_id, pair_id, code), assets
 
-
+# %% ../../nbs/10_market/13_chain.ipynb #ed753045
 def _type_signs(
     option_type: pd.Categorical,  # C, P, call, put, ...
 ) -> np.ndarray:  # (n,) +1, -1, NaN when absent or unknown
@@ -294,22 +363,28 @@ def _type_signs(
     return np.array([*signs, np.nan])[option_type.codes]
 
 # %% ../../nbs/10_market/13_chain.ipynb #6bc2b332
+def read_only(
+    values: Any,  # (n,)
+    dtype: Any = np.float64,
+) -> np.ndarray:  # (n,) contiguous
+    """A view of values, or a copy in the type asked for, that cannot be written to: the one type that compiled loops take."""
+    flat = np.ascontiguousarray(values, dtype=dtype).view()
+    flat.flags.writeable = False
+    return flat
+
+
 def _gather_rows(
-    frame: pd.DataFrame,  # harmonised, in order of snapshot
+    columns: dict[str, Any],  # harmonised, in order of snapshot
 ) -> _Rows:
     """The columns as read-only arrays; percent become decimals here, and only here."""
-    def array(values: Any, dtype: Any = np.float64) -> np.ndarray:
-        flat = np.ascontiguousarray(values, dtype=dtype).view()
-        flat.flags.writeable = False
-        return flat
-    cuts = np.flatnonzero(np.diff(frame["snapshot"].to_numpy())) + 1
-    start = np.concatenate([[0], cuts, [len(frame)]]) if len(frame) else np.zeros(1)
-    number = {name: array(frame[name].to_numpy()) for name in NUMBER_COLUMNS}
-    decimal = {name: array(number[name] / 100.0) for name in ("mark_iv", "bid_iv", "ask_iv")}
+    snapshot = columns["snapshot"]
+    start = np.concatenate([[0], np.flatnonzero(np.diff(snapshot)) + 1, [len(snapshot)]]) if len(snapshot) else np.zeros(1)
+    number = {name: read_only(columns[name]) for name in NUMBER_COLUMNS}
+    decimal = {name: read_only(number[name] / 100.0) for name in ("mark_iv", "bid_iv", "ask_iv")}
     return _Rows(
-        array(start, np.int64), array(frame["instrument_name"].array.codes, np.int32),
-        array(frame["harvest_time"].array.asi8, np.int64), array(frame["expiry"].array.asi8, np.int64), number["strike"],
-        array(_type_signs(frame["option_type"].array)), number["underlying_price"], number["index_price"], number["mark_price"],
+        read_only(start, np.int64), read_only(columns["instrument_name"].codes, np.int32),
+        read_only(columns["harvest_time"].asi8, np.int64), read_only(columns["expiry"].asi8, np.int64), number["strike"],
+        read_only(_type_signs(columns["option_type"])), number["underlying_price"], number["index_price"], number["mark_price"],
         number["best_bid_price"], number["best_ask_price"], decimal["mark_iv"], decimal["bid_iv"], decimal["ask_iv"])
 
 # %% ../../nbs/10_market/13_chain.ipynb #001bd7c2
@@ -470,6 +545,21 @@ def _money(s, lo, hi, pairs):  # type: ignore[no-untyped-def]
 
 # %% ../../nbs/10_market/13_chain.ipynb #560cd356
 @njit(cache=True, nogil=True, error_model="numpy")
+def _median(values):  # type: ignore[no-untyped-def]
+    """The median of a few values, which are left sorted."""
+    n = values.size
+    if n > 64:
+        return np.median(values)
+    for i in range(1, n):
+        x, j = values[i], i
+        while j > 0 and values[j - 1] > x:
+            values[j] = values[j - 1]
+            j -= 1
+        values[j] = x
+    return 0.5 * (values[(n - 1) // 2] + values[n // 2])
+
+# %% ../../nbs/10_market/13_chain.ipynb #24b41f14
+@njit(cache=True, nogil=True, error_model="numpy")
 def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyped-def]
     """Median parity forward of one expiry, the quoted one's median error, and the spread over strikes."""
     both, money = _money(s, lo, hi, pairs)
@@ -485,9 +575,10 @@ def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyp
                     m += 1
     if n == 0:
         return math.nan, math.nan, math.inf if both >= MIN_PAIRS else 0.0
-    middle, error = np.median(forwards[:n]), np.median(errors[:m]) if m else math.nan
-    spread = np.median(np.abs(forwards[:n] / middle - 1.0)) if n >= MIN_PAIRS else 0.0
-    return middle, error, spread
+    middle, error = _median(forwards[:n]), _median(errors[:m]) if m else math.nan
+    for i in range(n):
+        forwards[i] = abs(forwards[i] / middle - 1.0)
+    return middle, error, _median(forwards[:n]) if n >= MIN_PAIRS else 0.0
 
 # %% ../../nbs/10_market/13_chain.ipynb #9ea6a8d8
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -511,28 +602,46 @@ MIN_MARKS_TESTED = 5
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _mark_fits(mark, forward, strike, t, iv, sign, linear):  # type: ignore[no-untyped-def]
-    if not _positive(forward):
-        return False
-    model = price_scalar(forward, strike, t, iv, sign)
+def _mark_fits(mark, model, forward, linear):  # type: ignore[no-untyped-def]
     return abs((mark if linear else mark * forward) - model) <= MARK_TOLERANCE * model + MARK_FLOOR * forward
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _near_money(s, rows, names, work, found, f, k, t, iv, sign):  # type: ignore[no-untyped-def]
+    """The rows of a snapshot whose marks can be tested, and what prices them; how many."""
+    m = 0
+    for i in range(rows.start[s], rows.start[s + 1]):
+        if work.reason[i] == 0 and MIN_IV <= rows.iv[i] <= MAX_IV:
+            code = rows.code[i]
+            money = rows.quoted[i] if _positive(rows.quoted[i]) else work.parity[s, names.expiry_id[code]]
+            if abs(names.strike[code] / money - 1.0) <= MONEY_BAND:
+                found[m], f[m], k[m], iv[m], sign[m] = i, rows.quoted[i], names.strike[code], rows.iv[i], names.sign[code]
+                t[m] = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
+                m += 1
+    return m
 
 # %% ../../nbs/10_market/13_chain.ipynb #48d25c6a
 @njit(cache=True, nogil=True, error_model="numpy")
+def _prices(f, k, t, iv, sign, model):  # type: ignore[no-untyped-def]
+    for j in range(f.size):
+        model[j] = price_scalar(f[j], k[j], t[j], iv[j], sign[j])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
+    n = np.max(np.diff(rows.start)) if rows.start.size > 1 else 0
+    found, columns = np.empty(n, dtype=np.int64), np.empty((6, n))
+    f, k, t, iv, sign, model = columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
     for s in range(rows.start.size - 1):
-        for i in range(rows.start[s], rows.start[s + 1]):
-            if work.reason[i] != 0 or work.iv_suspect[s] or not MIN_IV <= rows.iv[i] <= MAX_IV:
-                continue
-            code, mark, quoted, iv = rows.code[i], rows.mark[i], rows.quoted[i], rows.iv[i]
-            strike, sign, linear = names.strike[code], names.sign[code], names.linear[code]
-            implied = work.parity[s, names.expiry_id[code]]
-            money = quoted if _positive(quoted) else implied
-            if abs(strike / money - 1.0) <= MONEY_BAND:
-                t = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
-                fits = _mark_fits(mark, quoted, strike, t, iv, sign, linear) or _mark_fits(mark, implied, strike, t, iv, sign, linear)
-                work.counts[s, Count.mark_tested] += 1
-                work.counts[s, Count.mark_inconsistent] += not fits
+        m = 0 if work.iv_suspect[s] else _near_money(s, rows, names, work, found, f, k, t, iv, sign)
+        _prices(f[:m], k[:m], t[:m], iv[:m], sign[:m], model)
+        work.counts[s, Count.mark_tested] += m
+        for j in range(m):
+            i = found[j]
+            linear, implied = names.linear[rows.code[i]], work.parity[s, names.expiry_id[rows.code[i]]]
+            if not _mark_fits(rows.mark[i], model[j], f[j], linear):
+                again = price_scalar(implied, k[j], t[j], iv[j], sign[j])
+                work.counts[s, Count.mark_inconsistent] += not _mark_fits(rows.mark[i], again, implied, linear)
 
 # %% ../../nbs/10_market/13_chain.ipynb #144e7838
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -638,6 +747,16 @@ class _Computed(NamedTuple):
 
 # %% ../../nbs/10_market/13_chain.ipynb #a18b9e99
 @njit(cache=True, nogil=True, error_model="numpy")
+def _greeks(f, k, t, iv, log_moneyness, call_delta, delta, vega):  # type: ignore[no-untyped-def]
+    """Delta holds 0 for calls and -1 for puts, vega the discount factor; a loop without branches."""
+    for j in range(f.size):
+        log_moneyness[j] = fast_log(k[j] / f[j])
+        call_delta[j] = call_delta_scalar(f[j], k[j], t[j], iv[j])
+        delta[j] += call_delta[j]
+        vega[j] *= vega_scalar(f[j], k[j], t[j], iv[j])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
@@ -648,12 +767,10 @@ def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-un
         if not _positive(usd_per_unit):
             usd_per_unit = f
             work.counts[s, Count.mark_usd_by_forward] += 1
-        call_delta = call_delta_scalar(f, k, t, iv)
         out.forward[j], out.strike[j], out.t[j], out.mark_iv[j], out.mark_usd[j] = f, k, t, iv, rows.mark[i] * usd_per_unit
-        out.log_moneyness[j], out.call_delta[j] = math.log(k / f), call_delta
-        out.delta[j] = call_delta if names.sign[code] > 0.0 else call_delta - 1.0
-        out.vega[j] = vega_scalar(f, k, t, iv) * (math.exp(-rate * t) if linear else 1.0)
+        out.delta[j], out.vega[j] = (0.0 if names.sign[code] > 0.0 else -1.0), (math.exp(-rate * t) if linear else 1.0)
         out.mismatch[j] = abs(work.error[s, names.expiry_id[code]]) > FORWARD_TOLERANCE
+    _greeks(out.forward, out.strike, out.t, out.mark_iv, out.log_moneyness, out.call_delta, out.delta, out.vega)
 
 # %% ../../nbs/10_market/13_chain.ipynb #70217bb5
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -677,59 +794,76 @@ def _quote_iv(price, given, suspect, solve, usd, forward, strike, t, sign, count
 
 # %% ../../nbs/10_market/13_chain.ipynb #08263b99
 @njit(cache=True, nogil=True, error_model="numpy")
-def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
+def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
     for j in range(keep.size):
         i, c, suspect = keep[j], work.counts[snapshot[j]], work.quote_suspect[snapshot[j]]
         code, f, k, t = rows.code[i], out.forward[j], out.strike[j], out.t[j]
-        bid, ask = rows.bid[i] if _positive(rows.bid[i]) else math.nan, rows.ask[i] if _positive(rows.ask[i]) else math.nan
-        c[Count.two_sided] += bid > 0.0 and ask > 0.0
-        if bid > ask:
-            c[Count.crossed_quotes] += 1
-            out.bid[j] = out.ask[j] = out.bid_iv[j] = out.ask_iv[j] = math.nan
+        if _positive(rows.bid[i]) and _positive(rows.ask[i]) and rows.bid[i] > rows.ask[i]:
             continue
         usd = math.exp(rate * t) if names.linear[code] else f
-        out.bid[j], out.ask[j] = bid, ask
-        out.bid_iv[j] = _quote_iv(bid, rows.bid_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
-        out.ask_iv[j] = _quote_iv(ask, rows.ask_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
+        out.bid_iv[j] = _quote_iv(out.bid[j], rows.bid_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
+        out.ask_iv[j] = _quote_iv(out.ask[j], rows.ask_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
+    out.bid_iv[:] = math.nan
+    out.ask_iv[:] = math.nan
+    for j in range(keep.size):
+        i, c = keep[j], work.counts[snapshot[j]]
+        bid, ask = rows.bid[i] if _positive(rows.bid[i]) else math.nan, rows.ask[i] if _positive(rows.ask[i]) else math.nan
+        c[Count.two_sided] += bid > 0.0 and ask > 0.0
+        c[Count.crossed_quotes] += bid > ask
+        out.bid[j], out.ask[j] = (math.nan, math.nan) if bid > ask else (bid, ask)
+    if solve or np.isfinite(rows.bid_iv).any() or np.isfinite(rows.ask_iv).any():
+        _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out)
 
 # %% ../../nbs/10_market/13_chain.ipynb #844b41b5
 def _assemble(
-    raw: pd.DataFrame, keep: np.ndarray, code: np.ndarray, table: pd.DataFrame, made: _Computed,
-) -> pd.DataFrame:
-    """The chain frame from its parts; arrays are not copied."""
-    def kind(column: str, categories: list[str]) -> Any:
-        codes = pd.Index(categories).get_indexer(pd.Index(table[column]))
-        return pd.Categorical.from_codes(codes[code], dtype=pd.CategoricalDtype(categories))
-    def kept(column: str) -> np.ndarray: return raw[column].to_numpy()[keep]
-    greeks = [name for name in raw.columns if name.startswith("greek_") and not np.isnan(raw[name].to_numpy()).all()]
-    return pd.DataFrame({
-        "snapshot": kept("snapshot"), "harvest_time": raw["harvest_time"].array[keep],
-        "instrument_name": raw["instrument_name"].array[keep],
-        "underlying": kind("asset", sorted(set(table["asset"]) - {""})), "settlement": kind("settlement", ["inverse", "linear"]),
-        "expiry": table["expiry"].array.take(code), "option_type": kind("option_type", ["C", "P"]), "strike": made.strike,
+    raw: dict[str, Any], keep: np.ndarray, code: np.ndarray, names: _Names, assets: list[str], made: _Computed,
+) -> LazyColumns:
+    """The chain's columns from its parts; arrays are not copied."""
+    at = slice(None) if keep.size == code.size else keep
+    of = code[at]
+    def kind(codes: np.ndarray, categories: list[str]) -> Any:
+        return lambda: pd.Categorical.from_codes(codes.astype(np.int8)[of], dtype=pd.CategoricalDtype(categories), validate=False)
+    def kept(column: str) -> Any: return lambda: raw[column][at]
+    greeks = [name for name in raw if name.startswith("greek_") and not np.isnan(raw[name]).all()]
+    return LazyColumns({
+        "snapshot": kept("snapshot"), "harvest_time": kept("harvest_time"), "instrument_name": kept("instrument_name"),
+        "underlying": kind(names.asset, assets), "settlement": kind(names.linear, ["inverse", "linear"]),
+        "expiry": lambda: _utc_index(names.expiry_ns[of]), "option_type": kind(names.sign < 0, ["C", "P"]), "strike": made.strike,
         "forward": made.forward, "index_price": kept("index_price"), "mark_price": kept("mark_price"), "mark_usd": made.mark_usd,
         "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
-        "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": made.t * DAYS_PER_YEAR, "t": made.t,
-        "log_moneyness": made.log_moneyness, "delta": made.delta, "abs_delta": np.abs(made.delta), "call_delta": made.call_delta,
-        "vega": made.vega, "forward_mismatch": made.mismatch != 0.0, **{name: kept(name) for name in greeks},
-    }, copy=False)
+        "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
+        "log_moneyness": made.log_moneyness, "delta": made.delta, "abs_delta": lambda: np.abs(made.delta), "call_delta": made.call_delta,
+        "vega": made.vega, "forward_mismatch": lambda: made.mismatch != 0.0, **{name: kept(name) for name in greeks},
+    })
 
 # %% ../../nbs/10_market/13_chain.ipynb #c941bb6f
-def _snapshot_table(
-    frame: pd.DataFrame, rows: _Rows, counts: np.ndarray,
-) -> pd.DataFrame:
-    """One row per snapshot: when it was taken, and every count."""
+def _tallies(
+    snapshot: np.ndarray, rows: _Rows, counts: np.ndarray,
+) -> dict[str, Any]:
+    """When each snapshot was taken, and every count."""
     first = rows.start[:-1]
     known = np.where(rows.time_ns == NOT_A_TIME, np.iinfo(np.int64).max, rows.time_ns)
     end = np.maximum.reduceat(rows.time_ns, first) if first.size else np.zeros(0, dtype=np.int64)
     begin = np.where(end == NOT_A_TIME, NOT_A_TIME, np.minimum.reduceat(known, first)) if first.size else end
-    head = pd.DataFrame({"snapshot": frame["snapshot"].to_numpy()[first], "time": _utc_index(end), "first_time": _utc_index(begin)})
-    head["sweep_seconds"] = (end - begin) / 1e9
-    return pd.concat([head, pd.DataFrame(counts, columns=[c.name for c in Count])], axis=1)
+    head = {"snapshot": snapshot[first], "time": _utc_index(end), "first_time": _utc_index(begin), "sweep_seconds": (end - begin) / 1e9}
+    return head | dict(zip(_COUNT_NAMES, np.ascontiguousarray(counts.T), strict=True))
 
 # %% ../../nbs/10_market/13_chain.ipynb #6faeec39
+def _in_order(columns: dict[str, Any]) -> dict[str, Any]:
+    """Harmonised columns in order of snapshot."""
+    snapshot = columns["snapshot"]
+    if (snapshot[1:] >= snapshot[:-1]).all():
+        return columns
+    order = np.argsort(snapshot, kind="stable")
+    return {name: values[order] for name, values in columns.items()}
+
+# %% ../../nbs/10_market/13_chain.ipynb #308ae9f2
 def normalize_chain(
-    raw: pd.DataFrame,  # `RawBatch.frame`, or the rows of one harvest file as they were read
+    raw: Mapping[str, Any] | pd.DataFrame,  # `RawBatch.columns`, or the rows of one harvest file as they were read
     *,
     forward: Literal["quoted", "parity", "auto"] = "auto",  # auto: parity where the quoted forward is missing or off by more than 0.5 %
     quote_iv: bool = True,  # solve the bid and ask IV that the file lacks
@@ -739,10 +873,8 @@ def normalize_chain(
     """The usable options in volcal's convention, and a count for every other."""
     if forward not in FORWARD_MODES:
         raise ConfigError(f"forward is {forward!r}, so no option can be priced; it must be one of {', '.join(FORWARD_MODES)}")
-    frame = harmonise(raw)
-    if not frame["snapshot"].is_monotonic_increasing:
-        frame = frame.sort_values("snapshot", kind="stable", ignore_index=True)
-    rows, (names, table) = _gather_rows(frame), _parse_names(frame["instrument_name"].array.categories, asset)
+    columns = _in_order(harmonise(raw))
+    rows, (names, assets) = _gather_rows(columns), _parse_names(columns["instrument_name"].categories, asset)
     work = _make_work(rows, names)
     _screen(rows, names, work)
     _suspect_units(rows, work)
@@ -755,6 +887,6 @@ def normalize_chain(
     made = _Computed._make(np.empty((len(_Computed._fields), keep.size)))
     _enrich(keep, snapshot, rows, names, work, risk_free_rate, made)
     _quotes(keep, snapshot, rows, names, work, quote_iv, risk_free_rate, made)
-    totals = {c.name: int(work.counts[:, c].sum()) for c in Count}
+    totals = dict(zip(_COUNT_NAMES, work.counts.sum(axis=0).tolist(), strict=True))
     log.info("chain: %s", ", ".join(f"{name} {count}" for name, count in totals.items() if count))
-    return Chain(_assemble(frame, keep, rows.code[keep], table, made), totals, _snapshot_table(frame, rows, work.counts))
+    return Chain(_assemble(columns, keep, rows.code, names, assets, made), totals, _tallies(columns["snapshot"], rows, work.counts))

@@ -133,7 +133,7 @@ def shared_bucket(
 class RetryPolicy:
     """When to ask again, and when to give up."""
 
-    max_attempts: int = 10
+    max_attempts: int = 10  # of one call, the first included
     base_seconds: float = 0.25  # bound of the first pause
     cap_seconds: float = 8.0  # bound of any pause
     deadline_seconds: float = 30.0  # of the whole call, waits included
@@ -145,7 +145,7 @@ class RetryPolicy:
         return error.retryable and attempt < (self.shape_attempts if error.kind == "shape" else self.max_attempts)
 
     def pause(self, attempt: int, rng: random.Random, retry_after: float | None = None) -> float:
-        """Seconds before the next attempt; never less than half of the bound below it, nor than what the exchange asked for."""
+        """Seconds before the next attempt: between half of its bound and the bound, and not less than the exchange asked for, up to the cap."""
         bound = min(self.cap_seconds, self.base_seconds * 2.0 ** min(attempt - 1, 30))
         return max(rng.uniform(bound / 2, bound), min(retry_after or 0.0, self.cap_seconds))
 
@@ -513,12 +513,20 @@ def _millis(when: Any) -> int:
 
 # %% ../../nbs/10_market/16_deribit.ipynb #bd5ec720
 class _Methods(_Caller):
-    async def get_index_price(self, index_name: str, deadline: float | None = None) -> IndexPrice:
+    async def get_index_price(
+        self,
+        index_name: str,  # btc_usd, sol_usdc, ... as `index_of` gives it
+        deadline: float | None = None,  # seconds, waits included; here and below
+    ) -> IndexPrice:
         """Index price in USD."""
         return await self.call("get_index_price", deadline, index_name=index_name)
 
     async def get_instruments(
-        self, currency: str, kind: str = "option", expired: bool = False, deadline: float | None = None
+        self,
+        currency: str,  # BTC, ETH or USDC, as `currency_of` gives it
+        kind: str = "option",  # or future
+        expired: bool = False,  # the expired ones instead
+        deadline: float | None = None,
     ) -> list[ListedInstrument]:
         """What is listed."""
         return await self.call("get_instruments", deadline, currency=currency, kind=kind, expired=str(expired).lower())
@@ -531,6 +539,8 @@ class _Methods(_Caller):
         """One instrument in detail."""
         return await self.call("ticker", deadline, instrument_name=instrument_name)
 
+# %% ../../nbs/10_market/16_deribit.ipynb #41378c3e
+class _MoreMethods(_Methods):
     async def get_historical_volatility(self, currency: str, deadline: float | None = None) -> list[tuple[float, float]]:
         """The exchange's own realized volatility: (milliseconds, percent)."""
         return await self.call("get_historical_volatility", deadline, currency=currency)
@@ -550,6 +560,11 @@ PAGE = 2_000
 MAX_PAGES = 500
 
 # %% ../../nbs/10_market/16_deribit.ipynb #9a558858
+def _too_long(what: str) -> ConfigError:
+    """The refusal of a window that would be cut short."""
+    return ConfigError(f"{what} need more than {MAX_PAGES} pages, so a part would be missing unseen; ask for them in parts, or in longer steps")
+
+
 def _candle_frame(columns: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(columns, dtype="float64")
     frame["timestamp"] = pd.to_datetime(frame["timestamp"].astype("int64"), unit="ms", utc=True)
@@ -566,28 +581,42 @@ def _candle_columns(pages: list[Candles]) -> dict[str, list[float]]:
     return {n: [x for page in pages for x in getattr(page, "ticks" if n == "timestamp" else n)] for n in ("timestamp", *names)}
 
 # %% ../../nbs/10_market/16_deribit.ipynb #bd9ab671
-class AsyncDeribit(_Methods):
-    """The public API, asynchronous; one object may serve many tasks and loops."""
-
+class _Candles(_MoreMethods):
     async def get_tradingview_chart_data(
-        self, instrument_name: str, start: Any, end: Any, resolution: str = "60", deadline: float | None = None
+        self,
+        instrument_name: str,  # BTC-PERPETUAL, ...
+        start: Any,  # first opening time, inclusive; any time
+        end: Any,  # last opening time, inclusive
+        resolution: str = "60",  # minutes, or 1D
+        deadline: float | None = None,  # seconds, of each page
     ) -> pd.DataFrame:
-        """Candles of a window: timestamp (opening, UTC), open, high, low, close, volume. Empty where the exchange has none."""
+        """Candles: timestamp (opening, UTC), open, high, low, close, volume; empty where there are none. Raises `ConfigError`."""
         if resolution not in CANDLE_MINUTES:
             raise ConfigError(f"candles of {resolution!r} minutes are not offered; one of {', '.join(CANDLE_MINUTES)}")
         pages: list[Candles] = []
         width, edge, last = CANDLE_MINUTES[resolution] * 60_000 * PAGE, _millis(start), _millis(end)
-        while edge <= last and len(pages) < MAX_PAGES:
+        if last - edge >= MAX_PAGES * width:
+            raise _too_long(f"candles of {resolution} from {start} to {end}")
+        while edge <= last:
             upto = min(edge + width - 1, last)
             params = dict(instrument_name=instrument_name, start_timestamp=edge, end_timestamp=upto, resolution=resolution)
             pages.append(await self.call("get_tradingview_chart_data", deadline, **params))
             edge = upto + 1
         return _candle_frame(_candle_columns(pages))
 
+# %% ../../nbs/10_market/16_deribit.ipynb #576e09aa
+class AsyncDeribit(_Candles):
+    """The public API, asynchronous; one object may serve many tasks and loops."""
+
     async def get_volatility_index_data(
-        self, currency: str, start: Any, end: Any, resolution: str = "3600", deadline: float | None = None
+        self,
+        currency: str,  # BTC or ETH
+        start: Any,  # first opening time, inclusive; any time
+        end: Any,  # last opening time, inclusive
+        resolution: str = "3600",  # seconds, or 1D
+        deadline: float | None = None,  # seconds, of each page
     ) -> pd.DataFrame:
-        """DVOL of a window: timestamp (opening, UTC), open, high, low, close in percent. Empty where the exchange has none."""
+        """DVOL: timestamp (opening, UTC), open, high, low, close in percent; empty where there are none. Raises `ConfigError`."""
         if resolution not in DVOL_SECONDS:
             raise ConfigError(f"DVOL of {resolution!r} seconds is not offered; one of {', '.join(DVOL_SECONDS)}")
         rows: list[tuple[float, ...]] = []
@@ -599,6 +628,8 @@ class AsyncDeribit(_Methods):
             if page.continuation is None or not page.data or not first <= page.continuation < upto:
                 break
             upto = page.continuation
+        else:
+            raise _too_long(f"rows of DVOL from {start} to {end}")
         names = ("timestamp", "open", "high", "low", "close")
         return _candle_frame({n: [r[i] for r in rows] for i, n in enumerate(names)})
 

@@ -28,7 +28,7 @@ from .deribit import clock_health, currency_of, index_of, perpetual_of, run_sync
 from .implied import implied_vol
 from .instruments import parse_instruments
 from .pricing import black76_greeks
-from .store import Store
+from .store import _ASSET, Store
 from ..units import DAYS_PER_YEAR, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, NoUsableDataError, StoreError, VolcalError
 from ..units import decimal_to_pct, epoch_ns, pct_to_decimal, to_utc
 
@@ -37,8 +37,8 @@ __all__ = ['log', 'ONE_INSTANT_NS', 'AT_THE_TICK', 'BOOK_COLUMNS', 'INDEX_AGREES
            'DVOL_ASSETS', 'FIRST_BACKFILL', 'book_times', 'quote_ivs', 'index_column', 'snapshot_frame',
            'ManifestEntry', 'entry_for', 'Manifest', 'Book', 'group_by_asset', 'fetch_books', 'live_snapshot',
            'keep_book', 'harvest_once', 'parse_interval', 'Clock', 'ExchangeClock', 'recover', 'stop_on_signals',
-           'harvest_tick', 'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus', 'harvest_status', 'BackfillReport',
-           'backfill']
+           'harvest_tick', 'HarvestRun', 'run_harvester', 'Gap', 'AssetStatus', 'attempted_assets', 'harvest_status',
+           'BackfillReport', 'backfill']
 
 # %% ../../nbs/10_market/17_harvester.ipynb #8b975076
 log = logging.getLogger("volcal.harvester")
@@ -344,6 +344,9 @@ def _opened(root: str | Path | Store, assets: Sequence[str]) -> tuple[Store, dic
     store = root if isinstance(root, Store) else Store(root)
     if not assets or isinstance(assets, str):
         raise ConfigError(f"assets is {assets!r}, so nothing would be harvested; give a list such as ['BTC', 'ETH', 'SOL_USDC']")
+    odd = [asset for asset in assets if not _ASSET.fullmatch(asset)]
+    if odd:
+        raise ConfigError(f"{', '.join(map(repr, odd))} cannot be an asset, so nothing was asked; write BTC, ETH, SOL_USDC, ...")
     return store, {asset: Manifest(store, asset) for asset in dict.fromkeys(assets)}
 
 # %% ../../nbs/10_market/17_harvester.ipynb #94f474ad
@@ -644,6 +647,7 @@ class AssetStatus:
     coverage: float | None  # present / expected
     gaps: list[Gap]
     size_bytes: int
+    problem: str = ""  # why the newest attempt left no snapshot
 
 # %% ../../nbs/10_market/17_harvester.ipynb #d395dafe
 def _gaps_of_entries(entries: list[ManifestEntry]) -> list[Gap]:
@@ -664,23 +668,46 @@ def _gaps_of_entries(entries: list[ManifestEntry]) -> list[Gap]:
 def _gaps_of_times(times: pd.DatetimeIndex, step: pd.Timedelta) -> list[Gap]:
     """Holes longer than three steps between the names of snapshots."""
     pairs = zip(times[:-1], times[1:], strict=True)
-    return [Gap(a.isoformat(), b.isoformat(), int((b - a) / step) - 1, "unknown") for a, b in pairs if b - a > 3 * step]
+    holes = [(a + step, b - step, int((b - a) / step) - 1) for a, b in pairs if b - a > 3 * step]
+    return [Gap(first.isoformat(), last.isoformat(), ticks, "unknown") for first, last, ticks in holes]
 
 # %% ../../nbs/10_market/17_harvester.ipynb #943c17d9
+def attempted_assets(
+    store: Store,
+) -> list[str]:
+    """Assets with snapshots, or with attempts at one. Raises `StoreError` where there is no such root."""
+    have, manifest = store.assets(), Manifest(store, "_")
+    base = manifest.folder.rsplit("/", 1)[0]
+    tried = [path.rstrip("/").rsplit("/", 1)[-1] for path in manifest.fs.ls(base, detail=False)] if manifest.fs.isdir(base) else []
+    return sorted({*have, *(name for name in tried if manifest.fs.isdir(f"{base}/{name}"))})
+
+
 def harvest_status(
     root: str | Path | Store,
     assets: Sequence[str] | None = None,  # default: all that have a harvest
 ) -> list[AssetStatus]:
     """Coverage, gaps, last snapshot and size of each asset. Raises `StoreError` where there is no harvest."""
     store = root if isinstance(root, Store) else Store(root)
-    return [_asset_status(store, asset) for asset in (assets or store.assets())]
+    return [_asset_status(store, asset) for asset in (assets or attempted_assets(store))]
 
 # %% ../../nbs/10_market/17_harvester.ipynb #c7407814
+def _times_and_size(store: Store, manifest: Manifest, tried: bool) -> tuple[pd.DatetimeIndex, int]:
+    """Minutes of the snapshots and their bytes; none where no attempt succeeded."""
+    try:
+        times = pd.DatetimeIndex([ref.time for ref in store.find(manifest.asset)], tz="UTC").as_unit("ns")
+    except StoreError:
+        if not tried:
+            raise
+        return pd.DatetimeIndex([], tz="UTC"), 0
+    return times, int(manifest.fs.du(manifest.folder.removesuffix(f"/_manifest/{manifest.asset}") + f"/{manifest.asset}"))
+
+# %% ../../nbs/10_market/17_harvester.ipynb #e0cc57fd
 def _asset_status(store: Store, asset: str) -> AssetStatus:
-    times = pd.DatetimeIndex([ref.time for ref in store.find(asset)]).as_unit("ns")
     manifest = Manifest(store, asset)
-    entries = [e for e in manifest.read() if e.step_minutes]
-    size = int(manifest.fs.du(manifest.folder.removesuffix(f"/_manifest/{asset}") + f"/{asset}"))
+    attempts = manifest.read()
+    times, size = _times_and_size(store, manifest, bool(attempts))
+    entries = [e for e in attempts if e.step_minutes]
+    problem = f"{attempts[-1].reason}: {attempts[-1].detail}" if attempts and attempts[-1].status != "present" else ""
     if entries:
         step = pd.Timedelta(minutes=entries[-1].step_minutes)
         expected, present, gaps = sum(e.ticks for e in entries), sum(e.status == "present" for e in entries), _gaps_of_entries(entries)
@@ -690,7 +717,7 @@ def _asset_status(store: Store, asset: str) -> AssetStatus:
         present, gaps = min(expected, len(times)), _gaps_of_times(times, step) if step else []
     first, last = (times[0].isoformat(), times[-1].isoformat()) if len(times) else (None, None)
     coverage = present / expected if expected else None
-    return AssetStatus(asset, len(times), first, last, step.total_seconds() / 60 or None, expected, present, coverage, gaps, size)
+    return AssetStatus(asset, len(times), first, last, step.total_seconds() / 60 or None, expected, present, coverage, gaps, size, problem)
 
 # %% ../../nbs/10_market/17_harvester.ipynb #09cdc57d
 DVOL_ASSETS = ("BTC", "ETH")
@@ -719,23 +746,34 @@ def backfill(
     resolution: str = "60",  # candle length, minutes (DVOL: the same length in seconds)
     client: Deribit | None = None,
 ) -> list[BackfillReport]:  # one per asset and kind
-    """Fetch price history into the store. A history that fails is reported, the others go on."""
+    """Fetch price history into the store. A history that fails is reported, the others go on. Raises `ConfigError` before any call."""
     store, manifests = _opened(root, assets)
+    span = _checked_window(start, end, resolution)
     client = client or Deribit()
-    if resolution not in CANDLE_MINUTES:
-        raise ConfigError(f"candles of {resolution!r} minutes are not offered, so nothing was fetched; one of {', '.join(CANDLE_MINUTES)}")
     now = client.get_time()
-    last = min(to_utc(end), now) if end is not None else now
+    start, last = span[0], now if span[1] is None else min(span[1], now)
+    if start is not None and start > last:
+        raise ConfigError(f"--start {start:%Y-%m-%d %H:%M} is after the exchange's {last:%Y-%m-%d %H:%M}, so there is nothing to fetch; give an earlier one")
     jobs = [(asset, kind) for asset in manifests for kind in ("ohlc", "dvol") if kind == "ohlc" or asset in DVOL_ASSETS]
     return [_backfill_one(store, client, asset, kind, start, last, now, resolution) for asset, kind in jobs]
 
 # %% ../../nbs/10_market/17_harvester.ipynb #a214efca
+def _checked_window(start: Any, end: Any, resolution: str) -> tuple[pd.Timestamp | None, pd.Timestamp | None]:
+    """What is asked for, in UTC. Raises `ConfigError` for what no exchange could answer."""
+    if resolution not in CANDLE_MINUTES:
+        raise ConfigError(f"candles of {resolution!r} minutes are not offered, so nothing was fetched; one of {', '.join(CANDLE_MINUTES)}")
+    begin, last = (None if moment is None else to_utc(moment) for moment in (start, end))
+    if begin is not None and last is not None and begin > last:
+        raise ConfigError(f"the window starts at {begin:%Y-%m-%d %H:%M}, after its end {last:%Y-%m-%d %H:%M}, so nothing was fetched; swap them")
+    return begin, last
+
+# %% ../../nbs/10_market/17_harvester.ipynb #d1850f7c
 def _backfill_one(
-    store: Store, client: Deribit, asset: str, kind: Any, start: Any, end: pd.Timestamp, now: pd.Timestamp, resolution: str
+    store: Store, client: Deribit, asset: str, kind: Any, start: pd.Timestamp | None, end: pd.Timestamp, now: pd.Timestamp, resolution: str
 ) -> BackfillReport:
     have = store.read_history(asset, kind)
     known = pd.to_datetime(have["timestamp"], utc=True).max() if have is not None and len(have) else None
-    begin = to_utc(start) if start is not None else known if known is not None else end - FIRST_BACKFILL
+    begin = start if start is not None else known if known is not None else end - FIRST_BACKFILL
     step = pd.Timedelta(minutes=CANDLE_MINUTES[resolution])
     if kind == "dvol" and step not in _DVOL_STEPS:
         step = pd.Timedelta(hours=1)
@@ -747,7 +785,8 @@ def _backfill_one(
         return _history_report(store, asset, kind, 0, len(due), str(failure))
     if len(frame):
         store.write_history(asset, kind, frame)
-    return _history_report(store, asset, kind, len(frame), len(due.difference(pd.DatetimeIndex(frame["timestamp"]))), "")
+    nothing = f"the exchange has none of the {len(due):,} candles asked for; check the asset and the window" if len(due) and not len(frame) else ""
+    return _history_report(store, asset, kind, len(frame), len(due.difference(pd.DatetimeIndex(frame["timestamp"]))), nothing)
 
 # %% ../../nbs/10_market/17_harvester.ipynb #9cfd4820
 _DVOL_STEPS = {pd.Timedelta(seconds=seconds): name for name, seconds in DVOL_SECONDS.items()}

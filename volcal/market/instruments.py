@@ -5,6 +5,7 @@
 # %% ../../nbs/10_market/10_instruments.ipynb #e1f0a5fd
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -14,17 +15,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..units import EXPIRY_HOUR_UTC, InstrumentNameError, to_utc
+from ..units import EXPIRY_HOUR_UTC, NO_TIME_NS, InstrumentNameError, to_utc
 
 # %% auto #0
-__all__ = ['MONTHS', 'NAME_FORM', 'Instrument', 'settlement_of', 'parse_instrument', 'format_instrument', 'parse_instruments']
+__all__ = ['MONTHS', 'NAME_FORM', 'settlement_of', 'Instrument', 'parse_instrument', 'format_instrument', 'instrument_columns',
+           'parse_instruments']
 
 # %% ../../nbs/10_market/10_instruments.ipynb #23d905d1
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NAME_FORM = "ASSET-DMMMYY-STRIKE-C|P, e.g. BTC-27MAR26-90000-C or XRP_USDC-13DEC25-2d05-P"
-_NAME = re.compile(r"([A-Z0-9]+(?:_[A-Z]+)?)-(\d{1,2})([A-Z]{3})(\d{2})-(\d+(?:d\d+)?)-([CP])")
+_NAME = re.compile(r"([A-Z0-9]+(?:_[A-Z]+)?)-(\d{1,2})([A-Z]{3})(\d{2})-(\d+(?:d\d+)?)-([CP])", re.ASCII)
 
+# %% ../../nbs/10_market/10_instruments.ipynb #0957ec33
+def settlement_of(
+    asset: str,  # BTC, SOL_USDC, ...
+) -> str:
+    """`linear` for `_USDC` assets, else `inverse`."""
+    return "linear" if asset.endswith("_USDC") else "inverse"
 
+# %% ../../nbs/10_market/10_instruments.ipynb #9b8ce4d8
 @dataclass(frozen=True)
 class Instrument:
     """One option as its name describes it."""
@@ -36,14 +45,7 @@ class Instrument:
     strike: float  # USD
     option_type: str  # "C" or "P"
 
-# %% ../../nbs/10_market/10_instruments.ipynb #9b8ce4d8
-def settlement_of(
-    asset: str,  # BTC, SOL_USDC, ...
-) -> str:
-    """`linear` for `_USDC` assets, else `inverse`."""
-    return "linear" if asset.endswith("_USDC") else "inverse"
-
-
+# %% ../../nbs/10_market/10_instruments.ipynb #3af2b19a
 def parse_instrument(
     name: str,  # Deribit option name
 ) -> Instrument:
@@ -62,36 +64,50 @@ def parse_instrument(
     return Instrument(name, asset, settlement_of(asset), pd.Timestamp(expiry), strike, option_type)
 
 # %% ../../nbs/10_market/10_instruments.ipynb #d0544e5e
+def _strike_text(strike: float) -> str:
+    """90000, or 2d05; at most ten decimals."""
+    return f"{float(strike):.10f}".rstrip("0").rstrip(".").replace(".", "d")
+
+# %% ../../nbs/10_market/10_instruments.ipynb #2c1fbaa8
 def format_instrument(
     asset: str,  # BTC, XRP_USDC, ...
-    expiry: Any,  # date or datetime of expiry
-    strike: float,  # USD
+    expiry: Any,  # day of expiry, or any time on it (UTC)
+    strike: float,  # USD, positive, at most ten decimals
     option_type: str,  # "C" or "P"
 ) -> str:
-    """Write a name. Raises `InstrumentNameError` where the parts make none that can be read back."""
-    when = expiry if isinstance(expiry, date) else to_utc(expiry)
-    number = f"{float(strike):.10f}".rstrip("0").rstrip(".").replace(".", "d")
-    name = f"{asset}-{when.day}{MONTHS[when.month - 1]}{when.year % 100:02d}-{number}-{option_type}"
-    parse_instrument(name)
+    """Write a name. Raises `InstrumentNameError` where the parts make none that reads back as the same option."""
+    when = expiry if isinstance(expiry, date) and not isinstance(expiry, datetime) else to_utc(expiry)
+    name = f"{asset}-{when.day}{MONTHS[when.month - 1]}{when.year % 100:02d}-{_strike_text(strike)}-{option_type}"
+    back = parse_instrument(name)
+    if back.expiry.year != when.year or not math.isclose(back.strike, float(strike), rel_tol=1e-12):
+        raise InstrumentNameError(f"{name!r} would be read as strike {back.strike:g}, {back.expiry:%Y-%m-%d}, but strike {strike!r}, {when} "
+                                  f"was to be written; no name says that; the form is {NAME_FORM}")
     return name
 
-# %% ../../nbs/10_market/10_instruments.ipynb #b05522f8
+# %% ../../nbs/10_market/10_instruments.ipynb #c2a8ff09
 @lru_cache(maxsize=200_000)
 def _parsed_row(name: str) -> tuple[str | None, str | None, int, float, str | None, str]:
     """One name as a row of `parse_instruments`, its expiry in nanoseconds; remembered, since a name comes back every day until it expires."""
     try:
         i = parse_instrument(name)
     except InstrumentNameError as error:
-        return None, None, np.iinfo(np.int64).min, np.nan, None, str(error)
+        return None, None, NO_TIME_NS, np.nan, None, str(error)
     return i.asset, i.settlement, i.expiry.value, i.strike, i.option_type, ""
 
+# %% ../../nbs/10_market/10_instruments.ipynb #8ff1143f
+def instrument_columns(
+    names: Any,  # (n,) names, each once
+) -> tuple[tuple[Any, ...], ...]:  # asset, settlement, expiry (int64 ns), strike, option_type, error: (n,) each
+    """What `parse_instruments` tells, as plain columns."""
+    rows = [_parsed_row(name) if isinstance(name, str) else _parsed_row(repr(name)) for name in names]
+    return tuple(zip(*rows)) if rows else ((),) * 6
 
+# %% ../../nbs/10_market/10_instruments.ipynb #483c68fc
 def parse_instruments(
     names: Any,  # (n,) names, each once
 ) -> pd.DataFrame:  # (n,) asset, settlement, expiry, strike, option_type, error
     """Read many names; `error` is the message where a name cannot be read, else empty."""
-    rows = [_parsed_row(name) if isinstance(name, str) else _parsed_row(repr(name)) for name in names]
-    asset, settlement, expiry, strike, option_type, error = zip(*rows) if rows else ((),) * 6
+    asset, settlement, expiry, strike, option_type, error = instrument_columns(names)
     return pd.DataFrame(
         {
             "asset": pd.array(asset, dtype=object),

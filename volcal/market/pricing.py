@@ -36,13 +36,13 @@ def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
 
 fma: Any = intrinsic(_fma)
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #6d2e11a9
 @njit(**INLINE)
 def _horner(p: float, x: float, a: float, b: float, c: float, d: float) -> float:
     """Four more terms of a polynomial, the highest power first."""
     return fma(fma(fma(fma(p, x, a), x, b), x, c), x, d)
 
-# %% ../../nbs/10_market/11_pricing.ipynb #c0f78320
+# %% ../../nbs/10_market/11_pricing.ipynb #46942f46
 @njit(**INLINE)
 def fast_exp(
     x: float,  # any; below -746 the result is 0, above 709.7 it stays there
@@ -128,7 +128,7 @@ def norm_cdf_scalar(
     tail = tail if abs(x) < 40.0 else (0.0 if x == x else x)
     return 1.0 - tail if x > 0.0 else tail
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #d3293c10
 @njit(**INLINE)
 def price_scalar(
     f: float,  # forward, USD
@@ -143,15 +143,25 @@ def price_scalar(
 
 # %% ../../nbs/10_market/11_pricing.ipynb #8379bec2
 @njit(**INLINE)
-def call_delta_scalar(f: float, k: float, t: float, iv: float) -> float:
-    """Forward delta of the call, N(d1); 0, 1/2 or 1 where iv sqrt(t) = 0."""
+def call_delta_scalar(
+    f: float,  # forward, USD
+    k: float,  # strike, USD
+    t: float,  # years
+    iv: float,  # decimal
+) -> float:  # N(d1), of a call or of the call at a put's strike
+    """Forward delta of the call; 0, 1/2 or 1 where iv sqrt(t) = 0."""
     delta = _black(f, k, iv * math.sqrt(t))[2]
     return delta if _valid(f, k, t, iv) else math.nan
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #d5fac24c
 @njit(**INLINE)
-def vega_scalar(f: float, k: float, t: float, iv: float) -> float:
-    """Undiscounted vega, USD per vol point; 0 where iv sqrt(t) = 0."""
+def vega_scalar(
+    f: float,  # forward, USD
+    k: float,  # strike, USD
+    t: float,  # years
+    iv: float,  # decimal
+) -> float:  # USD per vol point
+    """Undiscounted vega; 0 where iv sqrt(t) = 0."""
     vega = VOL_POINT * _black(f, k, iv * math.sqrt(t))[1] * math.sqrt(t)
     return vega if _valid(f, k, t, iv) else math.nan
 
@@ -169,8 +179,10 @@ def option_sign(
         return np.where(np.abs(signs) == 1.0, signs, np.nan)
     return np.where(values == "C", 1.0, np.where(values == "P", -1.0, np.nan))
 
-
-def as_sign(option_type: Any) -> np.ndarray:
+# %% ../../nbs/10_market/11_pricing.ipynb #63953ad1
+def as_sign(
+    option_type: Any,  # as for `option_sign`
+) -> np.ndarray:  # float64 signs, not checked where they came as float64
     """`option_sign`, except that float64 arrays pass as they are: the kernels check each sign themselves."""
     is_float = isinstance(option_type, np.ndarray) and option_type.dtype == np.float64
     return option_type if is_float else option_sign(option_type)
@@ -276,7 +288,7 @@ def _on_spot(spot: Any, strike: Any, dte_days: Any, iv: Any, r: Any, sign: float
     t = days / DAYS_PER_YEAR
     return black76_price(s * np.exp(rate * t), k, t, v, sign, rate).reshape(columns[0])
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #fc79db85
 def bs_call_price(
     spot: Any,  # USD
     strike: Any,  # USD
@@ -287,7 +299,7 @@ def bs_call_price(
     """Black-Scholes call without dividends."""
     return _on_spot(spot, strike, dte_days, iv, r, 1.0)
 
-
+# %% ../../nbs/10_market/11_pricing.ipynb #6319483a
 def bs_put_price(
     spot: Any,  # USD
     strike: Any,  # USD

@@ -21,8 +21,8 @@ from ..units import ConfigError, epoch_ns, to_utc
 __all__ = ['MIN_COMPLETENESS', 'MAX_LOW_QUALITY_SHARE', 'MAX_SCHEMA_FAILURE_SHARE', 'MIN_OPTIONS', 'MIN_EXPIRIES',
            'MAX_SWEEP_SECONDS', 'MAX_CROSSED_SHARE', 'MAX_MISMATCH_SHARE', 'MAX_PARITY_SHARE', 'MAX_INCONSISTENT_SHARE',
            'MIN_COVERAGE', 'GAP_STEPS', 'TOLERATED', 'DataQualityStatus', 'QualityIssue', 'worst_of', 'completeness',
-           'low_quality', 'SnapshotQuality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'DataQuality',
-           'in_window', 'assess_window']
+           'low_quality', 'SnapshotQuality', 'assess_snapshot', 'Gap', 'Coverage', 'measure_coverage', 'in_window',
+           'DataQuality', 'assess_window']
 
 # %% ../../nbs/10_market/14_quality.ipynb #a6f3a272
 class DataQualityStatus(StrEnum):
@@ -62,7 +62,7 @@ def worst_of(
     words = list(severities)
     unknown = [word for word in words if word not in _RANK]
     if unknown:
-        raise ConfigError(f"{unknown} is no verdict on data, so no status follows from it; use {', '.join(_RANK)}")
+        raise ConfigError(f"{', '.join(map(repr, unknown))} is no verdict on data, so no status follows from it; use {', '.join(_RANK)}")
     return list(DataQualityStatus)[max((_RANK[word] for word in words), default=0)]
 
 # %% ../../nbs/10_market/14_quality.ipynb #40ae1605
@@ -83,7 +83,7 @@ GAP_STEPS = 3.0  # a longer stretch without snapshots is a gap; a newest snapsho
 # the share of rows up to which a count is a note, and what it means
 TOLERATED: dict[Count, tuple[float, str]] = {
     Count.dropped_zero_mark: (0.25, "marks of exactly 0, left out of pricing"),
-    Count.dropped_expired: (0.10, "rows whose option had expired at harvest_time, left out; is the list of instruments stale?"),
+    Count.dropped_expired: (0.10, "rows whose option had expired at harvest_time, left out; check that the harvester renews its list of instruments"),
     Count.dropped_missing_mark: (0.02, "marks that are missing, left out"),
     Count.dropped_negative_mark: (0.0, "marks below zero, left out; check the harvester"),
     Count.dropped_unparseable_name: (0.02, "names that are not of options, left out"),
@@ -116,7 +116,7 @@ _SHARES: dict[str, tuple[str, float, str]] = {
     "crossed_quotes": ("two_sided", MAX_CROSSED_SHARE, "two-sided quotes have a bid above the ask, and both are set aside"),
     "forward_mismatch": ("expiries", MAX_MISMATCH_SHARE, "expiries have a quoted forward more than 0.5 % from parity; forward: auto "
                          "takes parity there"),
-    "mark_inconsistent": ("mark_tested", MAX_INCONSISTENT_SHARE, "marks near the money contradict their own IV; are both of one instant?"),
+    "mark_inconsistent": ("mark_tested", MAX_INCONSISTENT_SHARE, "marks near the money contradict their own IV; check that both are of one instant"),
     "repaired_from_name": ("rows", 1.0, "rows lacked expiry, strike or type, read from their names instead"),
     "iv_solved": ("usable", 1.0, "usable rows have a mark IV that was solved from the mark"),
     "parity_forward_used": ("usable", MAX_PARITY_SHARE, "usable rows have no believable quoted forward, and take the one of put-call parity"),
@@ -159,7 +159,7 @@ def completeness(
     shares = {"before": snapshots["complete_before"] / rows, "after": snapshots["complete_after"] / rows}
     return pd.DataFrame({"rows": rows, **shares}).fillna(0.0)
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #220f8efd
 def low_quality(
     snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
 ) -> np.ndarray:  # (s,) bool
@@ -178,7 +178,7 @@ class SnapshotQuality:
     completeness_after: float  # after repair
     issues: tuple[QualityIssue, ...]
 
-
+# %% ../../nbs/10_market/14_quality.ipynb #4fd7276f
 def _incomplete(missing: int, before: float, after: float) -> list[QualityIssue]:
     if after >= MIN_COMPLETENESS:
         return []
@@ -199,7 +199,7 @@ def assess_snapshot(
     issues += _sweep_issues(chain.snapshots["sweep_seconds"].to_numpy())
     if row["usable"] < MIN_OPTIONS or row["expiries"] < MIN_EXPIRIES:
         sentence = (f"{row['usable']} usable options of {row['expiries']} expiries, where {MIN_OPTIONS} of {MIN_EXPIRIES} are needed to "
-                    "show a surface; was the reply of the exchange cut short?")
+                    "show a surface; check whether the reply of the exchange was cut short")
         issues.append(QualityIssue("small_snapshot", int(row["usable"]), sentence, "degraded" if row["usable"] else "failed"))
     return SnapshotQuality(row["time"], worst_of(i.severity for i in issues), before, after, tuple(issues))
 
@@ -259,6 +259,83 @@ def measure_coverage(
     gaps = tuple(Gap(stamps[i], stamps[i + 1], float(apart[i])) for i in map(int, np.flatnonzero(apart > GAP_STEPS)))
     return Coverage(pd.Timedelta(step_ns), filled, filled + int(np.maximum(between - 1, 0).sum() + outside), gaps)
 
+# %% ../../nbs/10_market/14_quality.ipynb #89021045
+def in_window(
+    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
+    start: Any,  # inclusive
+    end: Any,  # inclusive
+) -> pd.DataFrame:
+    """The snapshots whose sweep meets the window, at minute precision; and those without any time."""
+    if not len(snapshots):
+        return snapshots
+    meets = (snapshots["time"].dt.floor("min") >= to_utc(start).floor("min")) & (snapshots["first_time"].dt.floor("min") <= to_utc(end))
+    return snapshots[meets | snapshots["time"].isna()].sort_values("time", kind="stable", ignore_index=True)
+
+# %% ../../nbs/10_market/14_quality.ipynb #d906f206
+def _failed_files(failures: Sequence[Any], snapshots: int) -> list[QualityIssue]:
+    """Files that could not serve as snapshots, the first few by name."""
+    if not failures:
+        return []
+    files = len(failures) + snapshots
+    named = "; ".join(str(failure) for failure in failures[:3]) + ("; ..." if len(failures) > 3 else "")
+    sentence = (f"{len(failures)} of {files} files ({len(failures) / files:.0%}, beyond {MAX_SCHEMA_FAILURE_SHARE:.0%} the window is "
+                f"failed) could not be read as snapshots and were left out: {named}")
+    return [QualityIssue("schema", len(failures), sentence, "failed" if len(failures) > MAX_SCHEMA_FAILURE_SHARE * files else "degraded")]
+
+# %% ../../nbs/10_market/14_quality.ipynb #4cdaa7c2
+def _low_quality_issue(low: int, of: int) -> list[QualityIssue]:
+    if not low:
+        return []
+    sentence = (f"{low} of {of} snapshots (limit {MAX_LOW_QUALITY_SHARE:.0%}) are less than {MIN_COMPLETENESS:.0%} complete after "
+                "repair, or hold fewer "
+                f"than {MIN_OPTIONS} usable options or {MIN_EXPIRIES} expiries; check the harvester, or leave these days out")
+    return [QualityIssue("low_quality_snapshots", low, sentence, "degraded" if low > MAX_LOW_QUALITY_SHARE * of else "note")]
+
+# %% ../../nbs/10_market/14_quality.ipynb #82b349ff
+def _span(step: pd.Timedelta) -> str:
+    minutes = step.total_seconds() / 60
+    return f"{minutes / 60:.3g} h" if minutes >= 90 else f"{minutes:.3g} min"
+
+# %% ../../nbs/10_market/14_quality.ipynb #2104e2b1
+def _coverage_issues(coverage: Coverage, newest: pd.Timestamp, as_of: pd.Timestamp) -> list[QualityIssue]:
+    """Holes and age."""
+    if coverage.step is None:
+        sentence = f"{coverage.filled} snapshots show no spacing, so coverage is not known; set expected_step_minutes, or widen the window"
+        return [] if coverage.expected else [QualityIssue("coverage_unknown", coverage.filled, sentence)]
+    issues, step, filled, expected = [], _span(coverage.step), coverage.filled, coverage.expected
+    if filled < MIN_COVERAGE * expected:
+        sentence = (f"{filled} of {expected} expected snapshots are there ({coverage.fraction:.0%}, limit {MIN_COVERAGE:.0%}, one every "
+                    f"{step}): what is calibrated is not the whole window; backfill, or narrow it")
+        issues.append(QualityIssue("coverage", expected - filled, sentence))
+    if coverage.gaps:
+        longest = max(coverage.gaps, key=lambda gap: gap.steps)
+        sentence = (f"{len(coverage.gaps)} gaps longer than {GAP_STEPS:.0f} steps of {step}, the longest of {longest.hours:.1f} hours from "
+                    f"{longest.start:%Y-%m-%d %H:%M}")
+        issues.append(QualityIssue("gaps", len(coverage.gaps), sentence, "note"))
+    if as_of - newest > GAP_STEPS * coverage.step:
+        age = (as_of - newest).total_seconds() / 3600
+        sentence = (f"the newest snapshot, {newest:%Y-%m-%d %H:%M}, is {age:.1f} hours older than {as_of:%Y-%m-%d %H:%M} (limit "
+                    f"{GAP_STEPS:.0f} steps of {step}), so it does not show the market of that moment; for an older window judge as of its end, else harvest")
+        issues.append(QualityIssue("stale", 1, sentence))
+    return issues
+
+# %% ../../nbs/10_market/14_quality.ipynb #878f86af
+def _count_issues(inside: pd.DataFrame) -> tuple[list[QualityIssue], int, float, float]:
+    """Issues of the counts; how many snapshots are of low quality; completeness before and after repair."""
+    total, low = inside[[c.name for c in Count]].sum(), int(low_quality(inside).sum())
+    rows = max(float(total["rows"] - total["dropped_other_asset"]), 1.0)
+    before, after = float(total["complete_before"] / rows), float(total["complete_after"] / rows)
+    issues = _incomplete(int(rows - total["complete_after"]), before, after) + _low_quality_issue(low, len(inside))
+    issues += _value_issues(total) + _share_issues(total) + _sweep_issues(inside["sweep_seconds"].dropna().to_numpy())
+    return issues, low, before, after
+
+# %% ../../nbs/10_market/14_quality.ipynb #5a0c5247
+def _nothing(begin: pd.Timestamp, finish: pd.Timestamp, snapshots: int) -> QualityIssue:
+    held = f"{snapshots} snapshots but no usable option" if snapshots else "no snapshot"
+    sentence = (f"the window from {begin:%Y-%m-%d %H:%M} to {finish:%Y-%m-%d %H:%M} holds {held}, so nothing can be calibrated; check "
+                "the data root, the asset and the window")
+    return QualityIssue("no_usable_rows" if snapshots else "no_snapshots", snapshots, sentence, "failed")
+
 # %% ../../nbs/10_market/14_quality.ipynb #4957b0cf
 @dataclass(frozen=True)
 class DataQuality:
@@ -282,73 +359,6 @@ class DataQuality:
         return {name: getattr(self, name) for name in plain} | listed
 
 # %% ../../nbs/10_market/14_quality.ipynb #8d7c3673
-def in_window(
-    snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`
-    start: Any,  # inclusive
-    end: Any,  # inclusive
-) -> pd.DataFrame:
-    """The snapshots whose sweep meets the window, at minute precision; and those without any time, so that they are seen."""
-    if not len(snapshots):
-        return snapshots
-    meets = (snapshots["time"].dt.floor("min") >= to_utc(start).floor("min")) & (snapshots["first_time"].dt.floor("min") <= to_utc(end))
-    return snapshots[meets | snapshots["time"].isna()].sort_values("time", kind="stable", ignore_index=True)
-
-# %% ../../nbs/10_market/14_quality.ipynb #d906f206
-def _failed_files(failures: Sequence[Any], snapshots: int) -> list[QualityIssue]:
-    """Files that could not serve as snapshots, the first few by name."""
-    if not failures:
-        return []
-    files = len(failures) + snapshots
-    named = "; ".join(str(failure) for failure in failures[:3]) + ("; ..." if len(failures) > 3 else "")
-    sentence = (f"{len(failures)} of {files} files ({len(failures) / files:.0%}, beyond {MAX_SCHEMA_FAILURE_SHARE:.0%} the window is "
-                f"failed) could not be read as snapshots and were left out: {named}")
-    return [QualityIssue("schema", len(failures), sentence, "failed" if len(failures) > MAX_SCHEMA_FAILURE_SHARE * files else "degraded")]
-
-
-def _low_quality_issue(low: int, of: int) -> list[QualityIssue]:
-    if not low:
-        return []
-    sentence = (f"{low} of {of} snapshots (limit {MAX_LOW_QUALITY_SHARE:.0%}) are less than {MIN_COMPLETENESS:.0%} complete after "
-                "repair, or hold fewer "
-                f"than {MIN_OPTIONS} usable options or {MIN_EXPIRIES} expiries; check the harvester, or leave these days out")
-    return [QualityIssue("low_quality_snapshots", low, sentence, "degraded" if low > MAX_LOW_QUALITY_SHARE * of else "note")]
-
-# %% ../../nbs/10_market/14_quality.ipynb #897d6536
-def _span(step: pd.Timedelta) -> str:
-    minutes = step.total_seconds() / 60
-    return f"{minutes / 60:.3g} h" if minutes >= 90 else f"{minutes:.3g} min"
-
-# %% ../../nbs/10_market/14_quality.ipynb #82b349ff
-def _coverage_issues(coverage: Coverage, newest: pd.Timestamp, as_of: pd.Timestamp) -> list[QualityIssue]:
-    """Holes and age."""
-    if coverage.step is None:
-        sentence = f"{coverage.filled} snapshots show no spacing, so coverage is not known; set expected_step_minutes, or widen the window"
-        return [] if coverage.expected else [QualityIssue("coverage_unknown", coverage.filled, sentence)]
-    issues, step, filled, expected = [], _span(coverage.step), coverage.filled, coverage.expected
-    if filled < MIN_COVERAGE * expected:
-        sentence = (f"{filled} of {expected} expected snapshots are there ({coverage.fraction:.0%}, limit {MIN_COVERAGE:.0%}, one every "
-                    f"{step}): what is calibrated is not the whole window; backfill, or narrow it")
-        issues.append(QualityIssue("coverage", expected - filled, sentence))
-    if coverage.gaps:
-        longest = max(coverage.gaps, key=lambda gap: gap.steps)
-        sentence = (f"{len(coverage.gaps)} gaps longer than {GAP_STEPS:.0f} steps of {step}, the longest of {longest.hours:.1f} hours from "
-                    f"{longest.start:%Y-%m-%d %H:%M}")
-        issues.append(QualityIssue("gaps", len(coverage.gaps), sentence, "note"))
-    if as_of - newest > GAP_STEPS * coverage.step:
-        age = (as_of - newest).total_seconds() / 3600
-        sentence = (f"the newest snapshot, {newest:%Y-%m-%d %H:%M}, is {age:.1f} hours older than {as_of:%Y-%m-%d %H:%M} (limit "
-                    f"{GAP_STEPS:.0f} steps of {step}), so the market may have moved on; is the harvester running?")
-        issues.append(QualityIssue("stale", 1, sentence))
-    return issues
-
-# %% ../../nbs/10_market/14_quality.ipynb #5a0c5247
-def _nothing(begin: pd.Timestamp, finish: pd.Timestamp, snapshots: int) -> QualityIssue:
-    held = f"{snapshots} snapshots but no usable option" if snapshots else "no snapshot"
-    sentence = (f"the window from {begin:%Y-%m-%d %H:%M} to {finish:%Y-%m-%d %H:%M} holds {held}, so nothing can be calibrated; check "
-                "the data root, the asset and the window")
-    return QualityIssue("no_usable_rows" if snapshots else "no_snapshots", snapshots, sentence, "failed")
-
-# %% ../../nbs/10_market/14_quality.ipynb #5205d8e8
 def assess_window(
     snapshots: pd.DataFrame,  # (s,) `Chain.snapshots`, concatenated over days; may be empty
     failures: Sequence[Any],  # files that failed: text, with `time` where it is known
@@ -369,12 +379,8 @@ def assess_window(
         issues.insert(0, _nothing(begin, finish, n))
     if not n:
         return DataQuality(0, len(failed), 0, 0.0, 0.0, coverage.gaps, DataQualityStatus.failed, tuple(issues), 0.0)
-    total, low = inside[[c.name for c in Count]].sum(), int(low_quality(inside).sum())
-    rows = max(float(total["rows"] - total["dropped_other_asset"]), 1.0)
-    before, after = float(total["complete_before"] / rows), float(total["complete_after"] / rows)
-    issues += _incomplete(int(rows - total["complete_after"]), before, after) + _low_quality_issue(low, n)
-    issues += _value_issues(total) + _share_issues(total)
-    issues += _sweep_issues(inside["sweep_seconds"].dropna().to_numpy())
+    found, low, before, after = _count_issues(inside)
+    issues += found
     issues += _coverage_issues(coverage, inside["time"].max(), pd.Timestamp.now("UTC") if as_of is None else to_utc(as_of))
     return DataQuality(n, len(failed), low, after, coverage.fraction, coverage.gaps, worst_of(i.severity for i in issues), tuple(issues),
                        before)

@@ -32,13 +32,16 @@ from .store import SnapshotRef, Store
 from ..units import NS_PER_YEAR, ConfigError, InstrumentNameError, NoUsableDataError, epoch_ns, to_utc
 
 # %% auto #0
-__all__ = ['log', 'FAULT_KINDS', 'DVOL_PAGE', 'ANSWERS', 'API', 'ReplayClock', 'Fault', 'parse_fault', 'FaultPlan', 'Refusal',
-           'ReplayMarket', 'creation_ms', 'book_rows', 'get_book_summary_by_currency', 'get_index_price',
+__all__ = ['MAX_SPEED', 'log', 'FAULT_KINDS', 'DVOL_PAGE', 'ANSWERS', 'API', 'ReplayClock', 'Fault', 'parse_fault', 'FaultPlan',
+           'Refusal', 'ReplayMarket', 'creation_ms', 'book_rows', 'get_book_summary_by_currency', 'get_index_price',
            'get_instruments', 'ticker', 'History', 'get_tradingview_chart_data', 'get_volatility_index_data',
            'get_historical_volatility', 'status', 'get_time', 'Request', 'spoil', 'ReplayExchange', 'run_replay',
            'lowest_credits', 'differences']
 
 # %% ../../nbs/10_market/18_replay.ipynb #91fc64d7
+MAX_SPEED = 1e6  # replay seconds per second
+
+
 class ReplayClock:
     """The time at the replay exchange."""
 
@@ -47,8 +50,8 @@ class ReplayClock:
         at: Any,  # where it stands, or starts
         speed: float = 0.0,  # replay seconds per second; 0 stands still
     ) -> None:
-        if not 0 <= speed < float("inf"):
-            raise ConfigError(f"a replay speed of {speed} is no speed; use 0 to stand still, 1 for real time, 60 for an hour a minute")
+        if not 0 <= speed <= MAX_SPEED:
+            raise ConfigError(f"a replay speed of {speed:g} is outside 0 to {MAX_SPEED:g}; use 0 to stand still, 1 for real time, 60 for an hour a minute")
         self.speed, self._lock = speed, threading.Lock()
         self.set(at)
 
@@ -603,7 +606,8 @@ class _Answering:
         if spoilt in _ENVELOPE_ERRORS:
             raise _ENVELOPE_ERRORS[spoilt]
         if method not in ANSWERS:
-            raise Refusal(-32601, "Method not found", reason=f"{method!r} is not replayed; {', '.join(ANSWERS)} are")
+            where = f"a base URL ends in {API}; " if method.startswith("/") else ""
+            raise Refusal(-32601, "Method not found", reason=f"{method!r} is not replayed; {where}{', '.join(ANSWERS)} are")
         result = ANSWERS[method](self.market, params)
         return spoil(result, spoilt, method, self._rng) if spoilt in ("empty", "missing_field", "wrong_type") else result
 
@@ -703,10 +707,12 @@ class ReplayExchange(_Enveloping):
         port: int = 0,  # 0 takes a free one
     ) -> ReplayExchange:
         """Serve from background threads."""
+        if not 0 <= port <= 65_535:
+            raise ConfigError(f"port {port} is outside 0 to 65535, so nothing is served; choose another, or 0 for a free one")
         try:
             self._server = _Server((host, port), type("Handler", (_Handler,), {"exchange": self}))
         except OSError as error:
-            text = f"{host}:{port} cannot be listened on ({error}), so nothing is served; choose another port, or 0 for a free one"
+            text = f"{host}:{port} cannot be listened on ({error.strerror}), so nothing is served; choose another port, or 0 for a free one"
             raise ConfigError(text) from error
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, name="volcal-replay", daemon=True).start()
         return self

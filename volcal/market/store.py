@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import re
 import time as clock
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -31,13 +32,14 @@ try:
 except ImportError:  # not on Windows: writers there are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, ConfigError, SchemaError, StoreError, decimal_to_pct, to_utc
+from ..units import EXPIRY_HOUR_UTC, NO_TIME_NS, NS_PER_DAY, ConfigError, SchemaError, StoreError, decimal_to_pct, to_utc
 
 # %% auto #0
 __all__ = ['logger', 'COLUMN_KINDS', 'OWN_COLUMNS', 'OPTIONAL_COLUMNS', 'REQUIRED_COLUMNS', 'KINDS_OF_HISTORY', 'SnapshotRef',
            'SchemaFailure', 'RawBatch', 'column_kind', 'check_schema', 'DayIndex', 'read_day_index', 'SnapshotFinder',
-           'select_snapshots', 'group_by_day', 'within_window', 'SnapshotReader', 'harvest_table', 'to_harvest_frame',
-           'same_content', 'SnapshotWriter', 'CompactionReport', 'Compactor', 'history_frame', 'Store']
+           'select_snapshots', 'group_by_day', 'harvested_within', 'within_window', 'SnapshotReader', 'harvest_table',
+           'to_harvest_frame', 'same_content', 'SnapshotWriter', 'CompactionReport', 'Compactor', 'history_frame',
+           'Store']
 
 # %% ../../nbs/10_market/15_store.ipynb #f8d9fa63
 logger = logging.getLogger("volcal.store")
@@ -83,11 +85,19 @@ class SchemaFailure:
 # %% ../../nbs/10_market/15_store.ipynb #3ccdc2a9
 @dataclass(frozen=True)
 class RawBatch:
-    """Snapshots read together: one frame of harmonised types, and what failed."""
+    """Snapshots read together: columns of harmonised types, and what failed."""
 
-    frame: pd.DataFrame  # one row per option; `snapshot` is the index into refs
+    columns: Mapping[str, Any] | pd.DataFrame  # one value per option; `snapshot` is the index into refs
     refs: list[SnapshotRef]  # those read, in order
     failures: list[SchemaFailure] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.columns["snapshot"])
+
+    @functools.cached_property
+    def frame(self) -> pd.DataFrame:
+        """The columns as a frame, one row per option."""
+        return pd.DataFrame(self.columns, copy=False)
 
 # %% ../../nbs/10_market/15_store.ipynb #aaa053f8
 def column_kind(
@@ -156,13 +166,19 @@ def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
 
 def _expiry_ns(epoch: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Expiry numbers as int64 ns; seconds, ms, µs or ns by the largest magnitude of each file. NaN becomes NaT."""
-    size = np.where(np.isfinite(epoch), np.abs(epoch), 0.0)
-    starts = np.cumsum(counts) - counts
-    largest = np.maximum.reduceat(size, starts) if len(size) else np.zeros(len(counts))
+    size = np.abs(epoch)
+    size[~(size < np.inf)] = 0.0
+    largest = np.maximum.reduceat(size, np.cumsum(counts) - counts) if len(size) else np.zeros(len(counts))
     to_ms = np.array([1e3, 1.0, 1e-3, 1e-6])[np.digitize(largest, [1e11, 1e14, 1e17])]
-    ms = np.rint(epoch * np.repeat(to_ms, counts))
-    usable = np.isfinite(ms) & (np.abs(ms) < 9e12) & (size > 0)
-    return np.where(usable, np.where(usable, ms, 0).astype(np.int64) * 1_000_000, np.iinfo(np.int64).min)
+    alike = len(to_ms) > 0 and (to_ms == to_ms[0]).all()
+    ms = epoch * (to_ms[0] if alike else np.repeat(to_ms, counts))
+    np.rint(ms, out=ms)
+    lost = ~((np.abs(ms) < 9e12) & (size > 0))
+    ms[lost] = 0.0
+    ns = ms.astype(np.int64)
+    ns *= 1_000_000
+    ns[lost] = NO_TIME_NS
+    return ns
 
 
 def _expiry_text_ns(texts: Sequence[str]) -> np.ndarray:
@@ -176,14 +192,14 @@ def _expiry_text_ns(texts: Sequence[str]) -> np.ndarray:
     return np.where(bare, ns + EXPIRY_HOUR_UTC * NS_PER_DAY // 24, ns)
 
 # %% ../../nbs/10_market/15_store.ipynb #6e3fdfd9
-def _categorical(column: pa.ChunkedArray) -> pd.Categorical:
+def _categorical(column: pa.ChunkedArray) -> Any:
     array = column.combine_chunks()
-    codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return pd.Categorical.from_codes(codes, categories=pd.Index(array.dictionary.to_pandas()))
+    codes = (array.indices.fill_null(-1) if array.null_count else array.indices).to_numpy()
+    return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(array.dictionary.to_pandas()), validate=False)
 
 # %% ../../nbs/10_market/15_store.ipynb #548a6cd4
-def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.DataFrame:
-    """Canonical columns as the frame that leaves the store."""
+def _to_columns(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> dict[str, Any]:
+    """Canonical columns as they leave the store."""
     out: dict[str, Any] = {"snapshot": np.repeat(np.arange(len(counts), dtype=np.int32), counts)}
     for name in wanted:
         kind, column = COLUMN_KINDS[name], table.column(name)
@@ -195,7 +211,7 @@ def _to_frame(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> pd.
             out[name] = column.to_numpy()
         elif kind == "expiry":
             out[name] = _expiry(table, counts)
-    return pd.DataFrame(out, copy=False)
+    return out
 
 # %% ../../nbs/10_market/15_store.ipynb #62c710f7
 def _expiry(table: pa.Table, counts: np.ndarray) -> pd.DatetimeIndex:
@@ -296,12 +312,19 @@ class _RemoteLooking:
 
     def all_names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache(folder)
-        return [p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(folder, detail=False)]
+        try:
+            return [p.rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(folder, detail=False)]
+        except OSError:
+            raise
+        except Exception as error:  # object stores have errors of their own
+            told = f"{folder} cannot be listed ({type(error).__name__}: {error}), so nothing can be read"
+            raise StoreError(f"{told}; check the address and its credentials") from error
 
     def read(self, path: str) -> Any:
         return self.fs.cat_file(path)
 
     def open(self, path: str) -> Any:
+        self.fs.invalidate_cache(path.rsplit("/", 1)[0])  # another process may have replaced it since it was listed
         return pa.PythonFile(self.fs.open(path, "rb"), mode="r")
 
     def exists(self, path: str) -> bool:
@@ -360,6 +383,12 @@ _INDEX_KEY = b"volcal.snapshots"
 _READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
+def _minutes(day: date, texts: Sequence[str]) -> list[pd.Timestamp]:
+    """Minutes of a UTC day, written HHMM."""
+    since = np.array([60 * int(m[:2]) + int(m[2:]) for m in texts], dtype=np.int64) + 1440 * (day - date(1970, 1, 1)).days
+    return pd.DatetimeIndex((since * 60_000_000).view("datetime64[us]"), tz="UTC", copy=False).tolist()
+
+
 def read_day_index(
     source: Any,  # an open compacted file
 ) -> tuple[DayIndex, pq.FileMetaData]:
@@ -369,8 +398,7 @@ def read_day_index(
     if text is None:
         raise SchemaError("this day file does not say which snapshots it holds, so none is read; write it by Store.compact or move it")
     index = json.loads(text)
-    midnight = to_utc(index["day"])
-    times = tuple(midnight + pd.Timedelta(minutes=60 * int(m[:2]) + int(m[2:])) for m in index["minutes"])
+    times = tuple(_minutes(date.fromisoformat(index["day"]), index["minutes"]))
     schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in index["schemas"])
     return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas), meta
 
@@ -397,7 +425,10 @@ class _Paths(_Root):
             return _LocalFiles()
         import fsspec
 
-        return _RemoteFiles(fsspec.core.url_to_fs(self.root, **self.storage_options)[0])
+        try:
+            return _RemoteFiles(fsspec.core.url_to_fs(self.root, **self.storage_options)[0])
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"{self.root} cannot be opened ({error}), so nothing can be read; correct the URL, or install what its kind needs") from error
 
     def _names(self, folder: str) -> list[str]:
         return [n for n in self._files.all_names(folder) if not n.startswith(".")]
@@ -418,7 +449,9 @@ class _Years(_Paths):
         return sorted(n for n in self._names(self._path(*parts)) if n.isdigit())
 
     def assets(self) -> list[str]:
-        """The assets that have a harvest here. Raises `StoreError` for a root that is not there."""
+        """The assets that have a harvest here. Raises `StoreError` for a root that is not there, or no folder."""
+        if "://" not in self.root and os.path.isfile(self._path()):
+            raise StoreError(f"{self.root} is a file where the folder of a harvest is expected, so nothing can be read; name a folder")
         try:
             names = self._names(self._path())
         except FileNotFoundError as error:
@@ -438,7 +471,7 @@ class _Folders(_Years):
         last = to_utc(end).date() if end is not None else date.max
         try:
             years = self._numbered(asset)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             has = ", ".join(self.assets()) or "no assets"
             raise StoreError(f"there is no folder {self._path(asset)}, so {asset} has no snapshots; this root has {has}") from error
         found = []
@@ -452,10 +485,10 @@ class _Folders(_Years):
 # %% ../../nbs/10_market/15_store.ipynb #e850fa0b
 def _small_refs(folder: str, asset: str, day: date, names: Iterable[str]) -> dict[pd.Timestamp, SnapshotRef]:
     """The small files of a day by minute; any other name is none of ours."""
-    prefix, midnight = f"{asset}_{day:%Y-%m-%d}_", pd.Timestamp(day, tz="UTC")
-    found = [(match, name) for name in names if name.startswith(prefix) and (match := _SMALL.fullmatch(name))]
-    times = [midnight + pd.Timedelta(minutes=60 * int(m["hour"]) + int(m["minute"])) for m, _ in found]
-    return {t: SnapshotRef(asset, t, f"{folder}/{name}", day) for t, (_, name) in zip(times, found, strict=True)}
+    prefix = f"{asset}_{day:%Y-%m-%d}_"
+    found = [name for name in names if name.startswith(prefix) and _SMALL.fullmatch(name)]
+    times = _minutes(day, [name[len(prefix) : len(prefix) + 4] for name in found])
+    return {t: SnapshotRef(asset, t, f"{folder}/{name}", day) for t, name in zip(times, found, strict=True)}
 
 # %% ../../nbs/10_market/15_store.ipynb #5984d934
 class _DayFinder(_Folders):
@@ -475,7 +508,8 @@ class _DayFinder(_Folders):
         if not compacted:
             return sorted(refs.values())
         try:
-            return sorted((refs | {t: SnapshotRef(asset, t, day_file, day) for t in self._index(asset, day).times}).values())
+            stored = [SnapshotRef(asset, t, day_file, day) for t in self._index(asset, day).times]
+            return sorted((refs | {ref.time: ref for ref in stored}).values()) if refs else stored
         except _READ_ERRORS as error:
             logger.warning("day file %s cannot be read: %s", day_file, error)
             midnight = pd.Timestamp(day, tz="UTC")
@@ -524,18 +558,26 @@ def group_by_day(
     return {day: list(group) for day, group in itertools.groupby(sorted(refs, key=lambda r: r.time), key=lambda r: r.day)}
 
 
+def harvested_within(
+    time_ns: np.ndarray,  # (n,) int64, when each row was harvested
+    start: Any = None,  # first instant, inclusive
+    end: Any = None,  # last instant, inclusive
+) -> np.ndarray:  # (n,) bool
+    """Which rows were harvested in a window; names told the minute only."""
+    if start is None and end is None:
+        return np.ones(len(time_ns), dtype=bool)
+    low = NO_TIME_NS + 1 if start is None else to_utc(start).value
+    high = np.iinfo(np.int64).max if end is None else to_utc(end).value
+    return (time_ns >= low) & (time_ns <= high)
+
+
 def within_window(
     frame: pd.DataFrame,  # with harvest_time
     start: Any = None,  # first instant, inclusive
     end: Any = None,  # last instant, inclusive
 ) -> pd.DataFrame:
-    """The rows harvested in a window; names told the minute only."""
-    time = frame["harvest_time"]
-    keep = np.ones(len(frame), dtype=bool)
-    if start is not None:
-        keep &= (time >= to_utc(start)).to_numpy()
-    if end is not None:
-        keep &= (time <= to_utc(end)).to_numpy()
+    """The rows harvested in a window."""
+    keep = harvested_within(pd.DatetimeIndex(frame["harvest_time"].array, copy=False).as_unit("ns").asi8, start, end)
     return frame if keep.all() else frame[keep]
 
 # %% ../../nbs/10_market/15_store.ipynb #184ef755
@@ -597,17 +639,38 @@ def _plain(table: pa.Table) -> pa.Table:
     return table.cast(pa.schema([pa.field(n, t) for n, t in zip(table.column_names, types, strict=True)]))
 
 # %% ../../nbs/10_market/15_store.ipynb #6524404c
+class _Shape(NamedTuple):
+    parquet: pq.ParquetSchema
+    schema: pa.Schema
+    fault: tuple[str, tuple[str, ...]] | None  # as `check_schema`
+
+
+_SHAPES: dict[bytes | None, _Shape] = {}  # by the Arrow schema that a writer put into the footer
+
+
+def _shape_of(file: pq.ParquetFile) -> _Shape:
+    """The schema of a file and its fault; judged once for files that are alike."""
+    written = (file.metadata.metadata or {}).get(b"ARROW:schema")
+    shape = _SHAPES.get(written)
+    if shape is None or not shape.parquet.equals(file.schema):
+        shape = _Shape(file.schema, file.schema_arrow, check_schema(file.schema_arrow))
+        if len(_SHAPES) > 1000:
+            _SHAPES.clear()
+        _SHAPES[written] = shape
+    return shape
+
+# %% ../../nbs/10_market/15_store.ipynb #f49a3ec9
 class _PartReader(_RawReader):
     def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
         found: tuple[str, ...] = ()
         try:
             with _open_small(self._files.read(ref.path)) as file:
-                schema = file.schema_arrow
-                found = tuple(schema.names)
-                fault = check_schema(schema) or (None if file.metadata.num_rows else ("no_rows", ()))
+                shape = _shape_of(file)
+                found = tuple(shape.schema.names)
+                fault = shape.fault or (None if file.metadata.num_rows else ("no_rows", ()))
                 if fault:
                     return [SchemaFailure(ref.path, ref.time, *fault, found)]
-                table = file.read(columns=_needed(schema, wanted), use_threads=False)
+                table = file.read(columns=_needed(shape.schema, wanted), use_threads=False)
                 return [_Part([ref], [table.num_rows], table)]
         except FileNotFoundError:
             day_file = self._day_file(ref.asset, ref.day)
@@ -631,6 +694,8 @@ class _PartReader(_RawReader):
 # %% ../../nbs/10_market/15_store.ipynb #94135260
 def _day_parts(table: pa.Table, index: DayIndex, refs: list[SnapshotRef]) -> list[_Part | SchemaFailure]:
     """The snapshots asked for as slices of the day; neighbours stay together."""
+    if len(refs) == len(index.times) and all(ref.time is time or ref.time == time for ref, time in zip(refs, index.times, strict=True)):
+        return [_Part(refs, list(index.rows), table)]
     where, starts = {t: i for i, t in enumerate(index.times)}, index.starts
     out: list[_Part | SchemaFailure] = [SchemaFailure(r.path, r.time, "not_in_file") for r in refs if r.time not in where]
     present = [(where[r.time], r) for r in refs if r.time in where]
@@ -669,7 +734,7 @@ class SnapshotReader(_ManyReader):
             raise SchemaError(f"{batch.failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
         if batch.failures:
             logger.warning("%d files skipped, the first: %s", len(batch.failures), batch.failures[0])
-        logger.info("read %d rows of %d snapshots, %d files failed", len(batch.frame), len(batch.refs), len(batch.failures))
+        logger.info("read %d rows of %d snapshots, %d files failed", len(batch), len(batch.refs), len(batch.failures))
         return batch
 
 # %% ../../nbs/10_market/15_store.ipynb #8022d977
@@ -702,7 +767,7 @@ def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> Raw
         failures.append(out) if isinstance(out, SchemaFailure) else kept.append(out)
     table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
     counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
-    return RawBatch(_to_frame(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
+    return RawBatch(_to_columns(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
 
 # %% ../../nbs/10_market/15_store.ipynb #823a6b08
 _HARVEST_TIME = pa.timestamp("us", "UTC")
@@ -884,7 +949,7 @@ def _day_bytes(table: pa.Table, index: DayIndex, day: date) -> pa.Buffer:
         "version": 1, "day": f"{day:%Y-%m-%d}", "minutes": [f"{t:%H%M}" for t in index.times], "rows": index.rows,
         "schema_of": index.schema_of, "schemas": [base64.b64encode(s.serialize()).decode() for s in index.schemas],
     }
-    return _parquet(table.replace_schema_metadata({_INDEX_KEY: json.dumps(text)}), compression="zstd", row_group_size=1 << 16)
+    return _parquet(table.replace_schema_metadata({_INDEX_KEY: json.dumps(text)}), compression="lz4", row_group_size=1 << 16)
 
 
 def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) -> Callable[[Any], None]:
@@ -909,9 +974,12 @@ def _stored(files: _LocalFiles | _RemoteFiles, path: str) -> dict[pd.Timestamp, 
     """What the day file holds already."""
     if not files.exists(path):
         return {}
-    with files.open(path) as source:
-        index, meta = read_day_index(source)
-        table = pq.ParquetFile(source, metadata=meta).read()
+    try:
+        with files.open(path) as source:
+            index, meta = read_day_index(source)
+            table = pq.ParquetFile(source, metadata=meta).read()
+    except _READ_ERRORS as error:
+        raise StoreError(f"the day file {path} cannot be read ({error}), so its day stays as it is; move it away to compact what lies beside it") from error
     return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
 
 # %% ../../nbs/10_market/15_store.ipynb #5d49ceaf
@@ -1009,7 +1077,8 @@ def history_frame(
 def _times(values: pd.Series) -> pd.DatetimeIndex:
     if pd.api.types.is_numeric_dtype(values):
         return _utc(_expiry_ns(values.to_numpy(np.float64), np.array([len(values)])))
-    return pd.DatetimeIndex(pd.to_datetime(values, utc=True)).as_unit("ns")
+    mixed = None if pd.api.types.is_datetime64_any_dtype(values) else "ISO8601"
+    return pd.DatetimeIndex(pd.to_datetime(values, utc=True, format=mixed)).as_unit("ns")
 
 # %% ../../nbs/10_market/15_store.ipynb #53e4431b
 class Store(Compactor):

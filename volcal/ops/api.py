@@ -5,18 +5,22 @@
 # %% ../../nbs/50_ops/55_api.ipynb #29955011
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
 import secrets
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
@@ -24,7 +28,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from .. import __version__
 from ..market.store import Store
-from .history import CalibrationHistoryEntry, find_calibrations, list_recent_calibrations
+from .history import CalibrationHistoryEntry, find_calibrations, list_recent_calibrations, storable
 from .jobs import AutoCalibrateParameters, find_data_dir, run_auto_calibrate
 from volcal.ops.policy import (
     AppliedState,
@@ -39,7 +43,7 @@ from volcal.ops.policy import (
     policy_thresholds,
     use_latest,
 )
-from .schedule import Job, lock_holder, run_with_policy
+from .schedule import Job, PolicyRun, lock_holder, run_with_policy
 from ..settings import get_settings
 from ..units import ConfigError, HistoryError, JobError, StoreError, VolcalError
 from ..vol.overrides import active_iv_multiplier_overrides
@@ -47,9 +51,10 @@ from ..vol.overrides import active_iv_multiplier_overrides
 # %% auto #0
 __all__ = ['log', 'AssetName', 'Days', 'BodyDays', 'BodyInt', 'Limit', 'AssetQuery', 'DteMin', 'DteMax', 'Used', 'router',
            'UseLatestBody', 'RunBody', 'HistoryRow', 'HistoryReply', 'history_row', 'OverrideRow', 'OverridesReply',
-           'PolicyReply', 'MultipliersReply', 'AutoStatusReply', 'RunReply', 'Problem', 'Service', 'check_binding',
-           'service_of', 'refuse', 'refuse_http', 'history', 'overrides', 'current_multipliers', 'policy',
-           'auto_status', 'post_use_latest', 'post_run_with_policy', 'create_app', 'serve']
+           'PolicyReply', 'MultipliersReply', 'RunReply', 'Problem', 'JobStatus', 'AutoStatusReply', 'ServerRun',
+           'Service', 'check_binding', 'service_of', 'problem_of', 'refuse', 'refuse_form', 'refuse_http', 'history',
+           'overrides', 'current_multipliers', 'policy', 'auto_status', 'post_use_latest', 'run_reply', 'job_status',
+           'start_run', 'post_run_with_policy', 'create_app', 'serve']
 
 # %% ../../nbs/50_ops/55_api.ipynb #8c50b0f8
 log = logging.getLogger("volcal.api")
@@ -72,7 +77,7 @@ class UseLatestBody(BaseModel):
     dte_max: BodyDays = Field(10.0, description="last day to expiry, inclusive")
     keep: StrictBool = Field(False, description="true: apply it until reverted; false: a runtime override of this server")
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #9f26e45f
 class RunBody(BaseModel):
     """A run of the daily job."""
 
@@ -87,6 +92,7 @@ class RunBody(BaseModel):
     snapshot_step: BodyInt = Field(1, ge=1, le=100_000, description="keep every N-th snapshot")
     max_snapshots: BodyInt = Field(0, ge=0, le=10_000_000, description="most snapshots; 0 = all")
     apply: StrictBool = Field(False, description="apply where guardrails and policy agree; false: record only")
+    wait_seconds: float = Field(45.0, strict=True, ge=0, le=3600, allow_inf_nan=False, description="answer 202 if it is not done by then")
 
     @model_validator(mode="after")
     def _plausible(self) -> RunBody:
@@ -114,7 +120,7 @@ class HistoryRow(BaseModel):
     source: Literal["live", "harvested"] | None
     applied: bool
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #58ff109b
 class HistoryReply(BaseModel):
     """The newest runs, failed ones too."""
 
@@ -126,7 +132,7 @@ def history_row(entry: CalibrationHistoryEntry) -> HistoryRow:
     """A run as it is sent."""
     return HistoryRow(**entry.model_dump(include=set(HistoryRow.model_fields)))
 
-# %% ../../nbs/50_ops/55_api.ipynb #58ff109b
+# %% ../../nbs/50_ops/55_api.ipynb #ba0387e5
 class OverrideRow(BaseModel):
     """A runtime override of this server."""
 
@@ -142,7 +148,7 @@ class OverridesReply(BaseModel):
 
     overrides: list[OverrideRow]
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #0056fc1e
 class PolicyReply(BaseModel):
     """Thresholds, what they say of the latest run, what is applied."""
 
@@ -159,18 +165,7 @@ class MultipliersReply(BaseModel):
     underlying: str
     multipliers: list[MultiplierInForce]
 
-# %% ../../nbs/50_ops/55_api.ipynb #ba0387e5
-class AutoStatusReply(BaseModel):
-    """How the daily job stands."""
-
-    underlying: str
-    running: bool
-    holder: str | None = Field(description="the process that runs it")
-    latest: HistoryRow | None
-    latest_ok: HistoryRow | None
-    applied: AppliedState | None
-
-
+# %% ../../nbs/50_ops/55_api.ipynb #0e9d0600
 class RunReply(BaseModel):
     """What a run of the job left, and what the policy made of it."""
 
@@ -185,14 +180,62 @@ class RunReply(BaseModel):
     applied: AppliedState | None
     problems: list[str]
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #a12dfa04
 class Problem(BaseModel):
     """Why something was refused."""
 
     code: str
     detail: str
 
+# %% ../../nbs/50_ops/55_api.ipynb #91cd6f5c
+class JobStatus(BaseModel):
+    """A run that this server was asked for."""
+
+    job_id: str
+    underlying: str
+    state: Literal["running", "done", "refused"]
+    started_at: datetime
+    seconds: float = Field(description="since it was asked for, or that it took")
+    reply: RunReply | None = Field(None, description="what it left, once it is done")
+    problem: Problem | None = Field(None, description="why it did not run")
+
+# %% ../../nbs/50_ops/55_api.ipynb #3df7294b
+class AutoStatusReply(BaseModel):
+    """How the daily job stands."""
+
+    underlying: str
+    running: bool
+    holder: str | None = Field(description="the process that runs it")
+    job: JobStatus | None = Field(description="the last run that this server was asked for")
+    latest: HistoryRow | None
+    latest_ok: HistoryRow | None
+    applied: AppliedState | None
+
 # %% ../../nbs/50_ops/55_api.ipynb #a4a62ff6
+@dataclass
+class ServerRun:
+    """A run in a thread of this server; it goes on when the caller has gone."""
+
+    underlying: str
+    job_id: str = field(default_factory=lambda: secrets.token_hex(6))
+    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ended_at: datetime | None = None
+    done: PolicyRun | None = None
+    error: Exception | None = None  # why it did not run
+
+    def begin(self, service: Service, parameters: AutoCalibrateParameters, apply: bool) -> None:
+        """Start the thread."""
+        def work() -> None:
+            try:
+                self.done = run_with_policy(parameters, service.report_dir, service.db, apply, "api", service.job)
+            except Exception as error:
+                log.exception("run %s of %s", self.job_id, self.underlying)
+                self.error = error
+            self.ended_at = datetime.now(UTC)
+
+        threading.Thread(target=work, daemon=True).start()
+
+# %% ../../nbs/50_ops/55_api.ipynb #eb20b78c
 @dataclass(frozen=True)
 class Service:
     """What the endpoints work on."""
@@ -202,12 +245,13 @@ class Service:
     report_dir: str | Path | None = None  # None: the settings'
     token: str | None = None  # None: no token is asked for
     job: Job = run_auto_calibrate
+    asked: dict[str, ServerRun] = field(default_factory=dict)  # the last run of each underlying
 
     @property
     def root(self) -> str:
         return find_data_dir(self.data_dir or get_settings().data_root)
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #bee1fbf8
 def check_binding(
     host: str,
     token: str | None,
@@ -228,8 +272,8 @@ _BEARER = HTTPBearer(auto_error=False, description="the token in VOLCAL_API_TOKE
 def service_of(request: Request) -> Service:
     """The app's service, for a caller who may use it. Raises 401."""
     service: Service = request.app.state.service
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if service.token and not secrets.compare_digest(given.encode(), service.token.encode()):
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+    if service.token and not secrets.compare_digest(given, service.token.encode()):
         raise HTTPException(401, "the token is missing or wrong; send Authorization: Bearer <token>", {"WWW-Authenticate": "Bearer"})
     return service
 
@@ -237,28 +281,49 @@ def service_of(request: Request) -> Service:
 Used = Annotated[Service, Depends(service_of)]
 
 # %% ../../nbs/50_ops/55_api.ipynb #51683250
-_STATUS: tuple[tuple[type[VolcalError], int], ...] = ((HistoryError, 503), (JobError, 409))
+_STATUS: tuple[tuple[type[Exception], int], ...] = ((HistoryError, 503), (OSError, 503), (JobError, 409))
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "there is nothing to do, or it must not be done; the message says why"},
     401: {"model": Problem, "description": "the token is missing or wrong"},
     409: {"model": Problem, "description": "another run of this underlying is going on"},
-    503: {"model": Problem, "description": "the history cannot be reached"},
+    422: {"model": Problem, "description": "the question is not of the documented form"},
+    503: {"model": Problem, "description": "the history cannot be reached, or reports cannot be written"},
 }
 
 
+def problem_of(error: Exception) -> Problem:
+    """A domain error in the form of an answer."""
+    return Problem(code=getattr(error, "code", "error"), detail=storable(str(error)))
+
+# %% ../../nbs/50_ops/55_api.ipynb #8522c2f5
 def refuse(_request: Request, error: Exception) -> JSONResponse:
     """A domain error as an answer."""
     status = next((code for kind, code in _STATUS if isinstance(error, kind)), 400)
-    log.warning("refused status=%s code=%s %s", status, getattr(error, "code", ""), error)
-    return JSONResponse({"code": getattr(error, "code", "error"), "detail": str(error)}, status)
+    problem = problem_of(error)
+    log.warning("refused status=%s code=%s %s", status, problem.code, problem.detail)
+    return JSONResponse(problem.model_dump(), status)
 
 
+def refuse_form(_request: Request, error: Exception) -> JSONResponse:
+    """A question that does not fit its model: where and why, never what was sent, which JSON may not hold."""
+    assert isinstance(error, RequestValidationError)
+    told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20])
+    return JSONResponse({"code": "invalid_question", "detail": storable(told)}, 422)
+
+# %% ../../nbs/50_ops/55_api.ipynb #dec2ef04
 def refuse_http(_request: Request, error: Exception) -> JSONResponse:
     """What the framework refuses (a body that is no JSON, a wrong token, a wrong method), in the same form."""
     assert isinstance(error, StarletteHTTPException)
     return JSONResponse({"code": f"http_{error.status_code}", "detail": str(error.detail)}, error.status_code, error.headers)
 
 # %% ../../nbs/50_ops/55_api.ipynb #0699706d
+def _ranged(underlying: str, dte_min: float, dte_max: float) -> str:
+    """The asset of a range that can hold options. Raises `ConfigError`."""
+    if dte_min > dte_max:
+        raise ConfigError(f"dte_min and dte_max are {dte_min:g} and {dte_max:g}, so no option can lie between them; swap them")
+    return underlying.upper()
+
+
 router = APIRouter(prefix="/api/calibration", tags=["calibration"], responses=_REFUSALS)
 
 
@@ -268,7 +333,7 @@ def history(service: Used, underlying: Annotated[AssetName | None, Query()] = No
     asset = None if underlying is None else underlying.upper()
     return HistoryReply(underlying=asset, entries=[history_row(one) for one in list_recent_calibrations(asset, limit, service.db)])
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #0373be2a
 @router.get("/overrides")
 def overrides(service: Used, underlying: Annotated[AssetName | None, Query()] = None) -> OverridesReply:
     """The runtime overrides of this server."""
@@ -279,10 +344,10 @@ def overrides(service: Used, underlying: Annotated[AssetName | None, Query()] = 
 @router.get("/current_multipliers")
 def current_multipliers(service: Used, underlying: AssetQuery = "BTC", dte_min: DteMin = 3.0, dte_max: DteMax = 10.0) -> MultipliersReply:
     """What pricing multiplies realized volatility by: override, else applied, else configured."""
-    asset = underlying.upper()
+    asset = _ranged(underlying, dte_min, dte_max)
     return MultipliersReply(underlying=asset, multipliers=multipliers_in_force(asset, dte_min, dte_max, url=service.db))
 
-# %% ../../nbs/50_ops/55_api.ipynb #0373be2a
+# %% ../../nbs/50_ops/55_api.ipynb #1a4ef120
 def _newest(service: Service, **filters: Any) -> CalibrationHistoryEntry | None:
     return next(iter(find_calibrations(limit=1, url=service.db, **filters)), None)
 
@@ -290,21 +355,22 @@ def _newest(service: Service, **filters: Any) -> CalibrationHistoryEntry | None:
 @router.get("/policy")
 def policy(service: Used, underlying: AssetQuery = "BTC", dte_min: DteMin = 3.0, dte_max: DteMax = 10.0) -> PolicyReply:
     """Thresholds, what they say of the latest run of a range, and what is applied."""
-    asset = underlying.upper()
+    asset = _ranged(underlying, dte_min, dte_max)
     newest = _newest(service, underlying=asset, dte_min=dte_min, dte_max=dte_max)
     decision = None if newest is None else decision_on(newest, url=service.db)
     return PolicyReply(underlying=asset, thresholds=policy_thresholds(), decision=decision,
                        applied=current_applied(asset, service.db), changes=list_applied(asset, 20, service.db))
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #5af0d7ee
 @router.get("/auto_status")
 def auto_status(service: Used, underlying: AssetQuery = "BTC") -> AutoStatusReply:
-    """Whether the daily job is running, and how it ended last."""
+    """Whether the daily job is running, how the run asked for here stands, and how the last one ended."""
     asset = underlying.upper()
     newest, good = _newest(service, underlying=asset), _newest(service, underlying=asset, statuses=("ok",))
-    holder = lock_holder(asset, service.report_dir)
-    return AutoStatusReply(underlying=asset, running=holder is not None, holder=holder, latest=None if newest is None else history_row(newest),
-                           latest_ok=None if good is None else history_row(good), applied=current_applied(asset, service.db))
+    holder, asked = lock_holder(asset, service.report_dir), service.asked.get(asset)
+    return AutoStatusReply(underlying=asset, running=holder is not None, holder=holder, job=None if asked is None else job_status(asked),
+                           latest=None if newest is None else history_row(newest), latest_ok=None if good is None else history_row(good),
+                           applied=current_applied(asset, service.db))
 
 # %% ../../nbs/50_ops/55_api.ipynb #7f29aa6a
 def _known(service: Service, underlying: str) -> str:
@@ -320,17 +386,54 @@ def post_use_latest(service: Used, body: Annotated[UseLatestBody, Body()]) -> Us
     """Use the latest recommended multiplier of a range; 400 says why there is nothing to apply."""
     return use_latest(body.underlying, body.dte_min, body.dte_max, "api", body.keep, service.db)
 
-
-@router.post("/run_with_policy")
-def post_run_with_policy(service: Used, body: Annotated[RunBody, Body()]) -> RunReply:
-    """Run the daily job on this server's harvest and let the policy decide; answers when it is done."""
-    asset = _known(service, body.underlying)
-    given = {**body.model_dump(exclude={"apply"}), "underlying": asset, "data_dir": service.root}
-    done = run_with_policy(AutoCalibrateParameters(**given), service.report_dir, service.db, body.apply, "api", service.job)
+# %% ../../nbs/50_ops/55_api.ipynb #6732aacf
+def run_reply(done: PolicyRun) -> RunReply:
+    """A finished run as it is sent."""
     run = done.run
-    return RunReply(underlying=asset, status=run.result.status, reason=run.result.reason, multiplier=run.result.recommended_iv_multiplier,
-                    history_id=run.history_id, report=None if run.report is None else str(run.report), exit_code=done.exit_code,
-                    decision=done.decision, applied=done.state, problems=[*run.problems, *([done.problem] if done.problem else [])])
+    return RunReply(underlying=run.parameters.underlying, status=run.result.status, reason=run.result.reason,
+                    multiplier=run.result.recommended_iv_multiplier, history_id=run.history_id,
+                    report=None if run.report is None else str(run.report), exit_code=done.exit_code, decision=done.decision,
+                    applied=done.state, problems=[*run.problems, *([done.problem] if done.problem else [])])
+
+
+def job_status(asked: ServerRun) -> JobStatus:
+    """How a run stands."""
+    state: Literal["running", "done", "refused"] = "running" if asked.ended_at is None else "refused" if asked.done is None else "done"
+    seconds = ((asked.ended_at or datetime.now(UTC)) - asked.started_at).total_seconds()
+    return JobStatus(job_id=asked.job_id, underlying=asked.underlying, state=state, started_at=asked.started_at, seconds=round(seconds, 1),
+                     reply=None if asked.done is None else run_reply(asked.done), problem=None if asked.error is None else problem_of(asked.error))
+
+# %% ../../nbs/50_ops/55_api.ipynb #62437ad1
+_STARTING = threading.Lock()
+
+
+def start_run(service: Service, body: RunBody) -> ServerRun:
+    """Begin a run. Raises `JobError` while another of this underlying is going on."""
+    asset = _known(service, body.underlying)
+    given = {**body.model_dump(exclude={"apply", "wait_seconds"}), "underlying": asset, "data_dir": service.root}
+    parameters = AutoCalibrateParameters(**given)
+    with _STARTING:
+        before = service.asked.get(asset)
+        busy = lock_holder(asset, service.report_dir) or (f"job {before.job_id}" if before and before.ended_at is None else None)
+        if busy:
+            raise JobError(f"another run of {asset} is going on ({busy}), so this one did not start; see auto_status")
+        service.asked[asset] = asked = ServerRun(asset)
+        asked.begin(service, parameters, body.apply)
+    return asked
+
+# %% ../../nbs/50_ops/55_api.ipynb #6d49857a
+@router.post("/run_with_policy", responses={202: {"model": JobStatus, "description": "not done yet; auto_status tells when it is"}})
+async def post_run_with_policy(service: Used, body: Annotated[RunBody, Body()]) -> RunReply:
+    """Run the daily job on this server's harvest and let the policy decide."""
+    asked = await run_in_threadpool(start_run, service, body)
+    patience = asyncio.get_running_loop().time() + body.wait_seconds
+    while asked.ended_at is None and asyncio.get_running_loop().time() < patience:
+        await asyncio.sleep(0.05)
+    if asked.error is not None:
+        raise asked.error
+    if asked.ended_at is None or asked.done is None:
+        return JSONResponse(job_status(asked).model_dump(mode="json"), 202)  # type: ignore[return-value]
+    return run_reply(asked.done)
 
 # %% ../../nbs/50_ops/55_api.ipynb #88e0e6a6
 @asynccontextmanager
@@ -341,7 +444,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         log.error("applied surfaces not loaded: %s", error)
     yield
 
-
+# %% ../../nbs/50_ops/55_api.ipynb #641a10f3
 def create_app(
     db: str | None = None,  # history; default: the settings'
     data_dir: str | None = None,  # harvest; default: the settings'
@@ -355,6 +458,8 @@ def create_app(
     app.state.service = service = Service(db, data_dir, report_dir, token or os.environ.get("VOLCAL_API_TOKEN") or None, job)
     app.include_router(router, dependencies=[Depends(_BEARER)] if service.token else [])
     app.add_exception_handler(VolcalError, refuse)
+    app.add_exception_handler(OSError, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_form)
     app.add_exception_handler(StarletteHTTPException, refuse_http)
     return app
 
@@ -371,4 +476,4 @@ def serve(
 
     token = os.environ.get("VOLCAL_API_TOKEN") or None
     check_binding(host, token)
-    uvicorn.run(create_app(db, data_dir, report_dir, token), host=host, port=port, log_level="warning")
+    uvicorn.run(create_app(db, data_dir, report_dir, token), host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)

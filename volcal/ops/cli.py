@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -20,12 +22,15 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 # %% auto #0
-__all__ = ['app', 'JsonFlag', 'DataDir', 'Database', 'ReportDir', 'ConfigPath', 'Assets', 'Exchange', 'HISTORY_HEAD', 'Exit',
-           'status_exit', 'say', 'VolcalGroup', 'main', 'progress_bar', 'working', 'print_json', 'data_root',
-           'auto_calibrate_command', 'auto_calibrate_all_command', 'apply_command', 'panel_notebook', 'panel_command',
-           'serve_command', 'ConfigHelp', 'calibrate_command', 'quality_text', 'quality_command', 'compact_command',
-           'entry_line', 'status_line', 'harvest_command', 'backfill_command', 'replay_command',
-           'build_regimes_command', 'simulate_command', 'history_line', 'history_command', 'update_vol_surface_command',
+__all__ = ['app', 'JsonFlag', 'DataDir', 'Database', 'PriceHistory', 'DteMin', 'DteMax', 'LookbackDays', 'AsOf', 'OptionTypes',
+           'Workers', 'Cluster', 'Cache', 'NoCache', 'ReportDir', 'ConfigPath', 'Assets', 'HarvestAssets', 'Exchange',
+           'NO_HARVEST', 'HISTORY_HEAD', 'MAX_RUNS', 'Exit', 'status_exit', 'say', 'VolcalGroup', 'main', 'usage',
+           'moment', 'window', 'asset_name', 'writable', 'database', 'progress_bar', 'working', 'print_json',
+           'computing', 'data_root', 'auto_calibrate_command', 'auto_calibrate_all_command', 'apply_command',
+           'free_port', 'panel_notebook', 'panel_command', 'serve_command', 'ConfigHelp', 'calibrate_command',
+           'quality_text', 'quality_command', 'left_behind', 'compact_command', 'exchange_at', 'entry_line',
+           'status_line', 'harvest_command', 'backfill_command', 'replay_command', 'build_regimes_command',
+           'simulate_command', 'realism_check_command', 'history_line', 'history_command', 'update_vol_surface_command',
            'demo_data', 'demo_command']
 
 # %% ../../nbs/50_ops/53_cli.ipynb #23a9568f
@@ -63,9 +68,11 @@ class VolcalGroup(TyperGroup):
         except Exception as error:
             units: Any = sys.modules.get("volcal.units")  # not loaded: no domain error can have been raised
             domain = units is not None and isinstance(error, units.VolcalError)
-            if ctx.params.get("debug") or not (domain or isinstance(error, OSError)):
+            if ctx.params.get("debug") or isinstance(error, BrokenPipeError) or not (domain or isinstance(error, OSError)):
                 raise
-            say(f"volcal: {error}" + ("" if domain else "; `volcal --debug ...` shows where"))
+            from volcal.ops.jobs import os_words
+
+            say(f"volcal: {os_words(error)}")
             raise typer.Exit(Exit.failed if domain and isinstance(error, units.GuardrailError) else Exit.error) from None
 
 
@@ -99,6 +106,100 @@ def main(
         stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s %(message)s", force=True
     )
     logging.getLogger("papermill").setLevel(logging.WARNING)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #a21df905
+@contextmanager
+def usage() -> Iterator[None]:
+    """A mistake found in here is one of the command line: told by all its failures, exit 2."""
+    from volcal.units import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.BadParameter("\n".join(getattr(error, "failures", [str(error)]))) from None
+
+
+def moment(
+    text: str | None,  # ISO
+    option: str,  # its name, for the message
+) -> Any:  # pandas Timestamp, UTC; None where nothing was given
+    """A point in time of the command line."""
+    from volcal.units import to_utc
+
+    with usage():
+        try:
+            return None if text is None else to_utc(text)
+        except Exception as error:
+            raise typer.BadParameter(f"{option} {text!r} is not a point in time; write ISO, e.g. 2026-03-27T08:00Z") from error
+
+
+def window(
+    start: str | None,  # ISO
+    end: str | None,  # ISO
+) -> tuple[Any, Any]:  # pandas Timestamps, UTC; None where nothing was given
+    """Both ends of a window."""
+    first, last = moment(start, "--start"), moment(end, "--end")
+    if first is not None and last is not None and first > last:
+        raise typer.BadParameter(f"--start {start} is after --end {end}, so the window holds nothing; swap them")
+    return first, last
+
+# %% ../../nbs/50_ops/53_cli.ipynb #72c94965
+_ASSET = re.compile(r"[A-Z0-9]+(_[A-Z]+)?")
+
+
+def asset_name(
+    text: str,  # as typed
+    root: str | None = None,  # of a harvest, to name the assets that it has
+) -> str:
+    """An asset, upper-case."""
+    asset = text.strip().upper()
+    if _ASSET.fullmatch(asset):
+        return asset
+    has = _assets_of(root)
+    raise typer.BadParameter(f"{text!r} cannot be an asset, so nothing was read; " + (f"{root} has {has}" if has else "write BTC, ETH, SOL_USDC"))
+
+
+def _assets_of(root: str | None) -> str:
+    """The assets of a harvest, where there is one."""
+    from volcal.market.store import Store
+    from volcal.units import VolcalError
+
+    try:
+        return ", ".join(Store(root).assets()) if root else ""
+    except (VolcalError, OSError):
+        return ""
+
+# %% ../../nbs/50_ops/53_cli.ipynb #27279664
+def writable(
+    path: Path | None,  # a file to be written at the end
+    option: str = "--out",
+) -> None:
+    """Tell before a long run that its result could not be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{option} {path} is a folder, so nothing could be written there; name a file in it")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise typer.BadParameter(f"{option} {path} lies below {nearest}, which is no folder that this user may write; name another file")
+
+
+def database(
+    url: str | None,
+) -> str | None:
+    """A database URL of the command line, checked before anything runs."""
+    if url is None:
+        return None
+    from volcal.ops.history import _sqlite_file, history_url
+    from volcal.units import HistoryError
+
+    try:
+        file = _sqlite_file(history_url(url))
+    except HistoryError as error:
+        raise typer.BadParameter(f"--db {url.split('@')[-1]!r}: {error}") from None
+    if file is not None and not file.is_file():
+        writable(file, "--db")
+    return url
 
 # %% ../../nbs/50_ops/53_cli.ipynb #a836dcd1
 @contextmanager
@@ -140,6 +241,19 @@ DataDir = Annotated[
 Database = Annotated[
     str | None, typer.Option("--db", help="SQLAlchemy URL of the history.  [default: VOLCAL_DATABASE_URL, else SQLite in data/]")
 ]
+PriceHistory = Annotated[str | None, typer.Option("--price-history", help="Parquet or CSV file of candles.  [default: as the harvest offers]")]
+DteMin = Annotated[float, typer.Option(help="First day to expiry, inclusive.")]
+DteMax = Annotated[float, typer.Option(help="Last day to expiry, inclusive.")]
+LookbackDays = Annotated[float, typer.Option(help="Length of the window, days.")]
+AsOf = Annotated[str | None, typer.Option(metavar="ISO", help="End of the window, UTC.  [default: now]")]
+OptionTypes = Annotated[str, typer.Option(help="C, P or C,P.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.")]
+Cluster = Annotated[str | None, typer.Option("--cluster", metavar="tcp://HOST:PORT", help="A dask scheduler whose workers compute days, instead.")]
+Cache = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="DIR", help="Folder or URL where finished days are kept.  [default: VOLCAL_CACHE_DIR, else ~/.cache/volcal/days]"),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute every day, keep none.")]
 ReportDir = Annotated[Path | None, typer.Option("--report-dir", help="Where reports are kept.  [default: VOLCAL_REPORT_DIR, else reports]")]
 
 
@@ -150,6 +264,17 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(to_plain(content), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def computing(workers: int, cluster: str | None, cache: str | None, no_cache: bool) -> dict[str, Any]:
+    """Who computes days, and where finished ones are kept."""
+    if cluster and workers != 1:
+        raise typer.BadParameter("--workers are of this machine and --cluster has its own, so nothing was run; give one of them")
+    if cache and no_cache:
+        raise typer.BadParameter("--cache keeps days and --no-cache keeps none, so nothing was run; give one of them")
+    from volcal.settings import get_settings
+
+    return {"workers": workers, "cluster": cluster, "cache": None if no_cache else cache or get_settings().cache_dir}
+
+
 def data_root(given: str | None) -> str:
     """The harvest asked for, else the settings'."""
     from volcal.settings import get_settings
@@ -157,15 +282,15 @@ def data_root(given: str | None) -> str:
     return given or get_settings().data_root
 
 # %% ../../nbs/50_ops/53_cli.ipynb #c003e626
-def _parameters(given: dict[str, Any]) -> Any:
+def _parameters(given: dict[str, Any], job: str = "auto_calibrate") -> Any:
     """Validated job parameters; a mistake is a usage error."""
-    from volcal.ops.jobs import AutoCalibrateParameters
-    from volcal.units import ConfigError
+    from volcal.ops.jobs import job_parameters
 
-    try:
-        return AutoCalibrateParameters(**{name: value for name, value in given.items() if value is not None})
-    except ConfigError as error:
-        raise typer.BadParameter("\n".join(getattr(error, "failures", [str(error)]))) from None
+    prices = given.get("price_history")
+    if prices and "://" not in prices and not Path(prices).is_file():
+        raise typer.BadParameter(f"--price-history {prices} is no file, so realized vol would have no source; name a Parquet or CSV file of candles")
+    with usage():
+        return job_parameters(job, {name: value for name, value in given.items() if value is not None})
 
 
 def _show_run(run: Any, as_json: bool, policy: Any = None) -> None:
@@ -185,40 +310,37 @@ def _show_run(run: Any, as_json: bool, policy: Any = None) -> None:
 @app.command("auto-calibrate", short_help="The daily job: calibrate, report, record.")
 def auto_calibrate_command(
     underlying: Annotated[str, typer.Option(help="Asset: BTC, ETH, SOL_USDC.")] = "BTC",
-    dte_min: Annotated[float, typer.Option(help="First day to expiry, inclusive.")] = 3,
-    dte_max: Annotated[float, typer.Option(help="Last day to expiry, inclusive.")] = 10,
-    lookback_days: Annotated[float, typer.Option(help="Length of the window, days.")] = 14,
+    dte_min: DteMin = 3,
+    dte_max: DteMax = 10,
+    lookback_days: LookbackDays = 14,
     max_samples: Annotated[int, typer.Option(help="Most options of the whole window, spread evenly over snapshots; 0 = all.")] = 5000,
     data_dir: DataDir = None,
-    as_of: Annotated[str | None, typer.Option(metavar="ISO", help="End of the window, UTC.  [default: now]")] = None,
-    option_types: Annotated[str, typer.Option(help="C, P or C,P.")] = "C",
+    as_of: AsOf = None,
+    option_types: OptionTypes = "C",
     snapshot_step: Annotated[int, typer.Option(help="Keep every N-th snapshot.")] = 1,
     max_snapshots: Annotated[int, typer.Option(help="Then thin evenly to at most this many; 0 = all.")] = 0,
+    price_history: PriceHistory = None,
     db: Database = None,
     report_dir: ReportDir = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply the recommendation where guardrails and policy agree.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate and judge only: no report, no history row.")] = False,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Calibrate the newest harvested days, leave a report, record the run."""
-    given = {
-        "underlying": underlying,
-        "dte_min": dte_min,
-        "dte_max": dte_max,
-        "lookback_days": lookback_days,
-        "max_samples": max_samples,
-        "as_of": as_of,
-        "option_types": option_types,
-        "snapshot_step": snapshot_step,
-        "max_snapshots": max_snapshots,
-        "data_dir": data_dir,
-    }
-    parameters = _parameters(given)
+    given = {"underlying": underlying, "dte_min": dte_min, "dte_max": dte_max, "lookback_days": lookback_days, "max_samples": max_samples,
+             "as_of": as_of, "option_types": option_types, "snapshot_step": snapshot_step, "max_snapshots": max_snapshots, "data_dir": data_dir,
+             "price_history": price_history, **computing(workers, cluster, cache, no_cache)}
+    parameters, db = _parameters(given), database(db)
     if dry_run and apply:
         raise typer.BadParameter("--dry-run records nothing and --apply needs a recorded run, so nothing was run; give one of them")
     if dry_run:
-        from volcal.ops.jobs import AutoCalibration, auto_calibrate
+        from volcal.ops.jobs import AutoCalibration, auto_calibrate, with_surface_in_use
 
+        parameters = with_surface_in_use(parameters, db)
         with progress_bar("calibrating, days") as progress:
             _show_run(AutoCalibration(parameters, auto_calibrate(parameters, progress)), as_json)
     from volcal.ops.schedule import run_with_policy
@@ -231,24 +353,28 @@ def auto_calibrate_command(
 @app.command("auto-calibrate-all", short_help="The daily job for several underlyings.")
 def auto_calibrate_all_command(
     underlyings: Annotated[str, typer.Option(help="Assets, separated by commas.")] = "BTC,ETH",
-    dte_min: Annotated[float, typer.Option(help="First day to expiry, inclusive.")] = 3,
-    dte_max: Annotated[float, typer.Option(help="Last day to expiry, inclusive.")] = 10,
-    lookback_days: Annotated[float, typer.Option(help="Length of the window, days.")] = 14,
+    dte_min: DteMin = 3,
+    dte_max: DteMax = 10,
+    lookback_days: LookbackDays = 14,
     max_samples: Annotated[int, typer.Option(help="Most options of the whole window; 0 = all.")] = 5000,
     data_dir: DataDir = None,
-    as_of: Annotated[str | None, typer.Option(metavar="ISO", help="End of the window, UTC.  [default: now]")] = None,
-    option_types: Annotated[str, typer.Option(help="C, P or C,P.")] = "C",
+    as_of: AsOf = None,
+    option_types: OptionTypes = "C",
     db: Database = None,
     report_dir: ReportDir = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply where guardrails and policy agree.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what was already recorded today.")] = False,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the daily job for each underlying, one line each; exit with the code of the worst."""
     given = {"dte_min": dte_min, "dte_max": dte_max, "lookback_days": lookback_days, "max_samples": max_samples, "data_dir": data_dir,
-             "as_of": as_of, "option_types": option_types}
+             "as_of": as_of, "option_types": option_types, **computing(workers, cluster, cache, no_cache)}
     assets = [part.strip() for part in underlyings.split(",") if part.strip()]
-    checked = [_parameters({**given, "underlying": asset}) for asset in assets]
+    checked, db = [_parameters({**given, "underlying": asset}) for asset in assets], database(db)
     if not checked:
         raise typer.BadParameter("no underlying was named, so nothing was run; write --underlyings BTC,ETH")
     from volcal.ops.schedule import auto_calibrate_all, worst_exit
@@ -294,6 +420,7 @@ def apply_command(
     """Apply a recorded run by hand, or revert the last change."""
     if [latest, run is not None, revert].count(True) != 1:
         raise typer.BadParameter("give exactly one of --latest, --run ID and --revert")
+    db, underlying = database(db), asset_name(underlying)
     from volcal.ops.policy import apply_run, latest_usable, revert_applied
 
     if revert:
@@ -315,6 +442,26 @@ def _needs(module: str, extra: str) -> None:
         raise ConfigError(f"this needs {module}, which is not installed, so nothing is served; pip install 'volcal[{extra}]'")
 
 
+def free_port(
+    port: int,
+    host: str = "127.0.0.1",
+) -> None:
+    """Raises `ConfigError` where nothing can be served at a port; a number that is no port is a usage error."""
+    import socket
+
+    from volcal.units import ConfigError
+
+    if not 1 <= port <= 65_535:
+        raise typer.BadParameter(f"port {port} is outside 1 to 65535, so nothing is served; choose another")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{host}:{port} cannot be listened on ({error.strerror}), so nothing is served; choose another port") from None
+
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa12
 def panel_notebook(
     folder: Path,
 ) -> Path:
@@ -327,7 +474,7 @@ def panel_notebook(
     nbformat.write(book, folder / "volcal.ipynb")
     return folder / "volcal.ipynb"
 
-# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa12
+# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa13
 @app.command("panel", short_help="Serve the calibration panel as a page.")
 def panel_command(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 8866,
@@ -340,10 +487,13 @@ def panel_command(
     import tempfile
 
     _needs("voila", "panel")
+    free_port(port)
+    db = database(db)
     given = {"VOLCAL_DATA_ROOT": data_dir, "VOLCAL_DATABASE_URL": db, "VOLCAL_REPORT_DIR": report_dir}
     env = {**os.environ, **{name: str(value) for name, value in given.items() if value is not None}}
     with tempfile.TemporaryDirectory(prefix="volcal_panel_") as folder:
-        words = ["-m", "voila", str(panel_notebook(Path(folder))), f"--port={port}", "--no-browser", "--Voila.ip=127.0.0.1", "--Voila.log_level=ERROR"]
+        words = ["-m", "voila", str(panel_notebook(Path(folder))), f"--port={port}", "--no-browser",
+                 "--show_tracebacks=True", "--Voila.ip=127.0.0.1", "--Voila.log_level=ERROR"]
         say(f"the panel is at http://127.0.0.1:{port}/ ; Ctrl-C stops it")
         server = subprocess.Popen([sys.executable, *words], env=env)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -355,7 +505,7 @@ def panel_command(
         finally:
             signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/50_ops/53_cli.ipynb #5c11aa13
+# %% ../../nbs/50_ops/53_cli.ipynb #351de400
 @app.command("serve", short_help="Serve the endpoints over HTTP.")
 def serve_command(
     host: Annotated[str, typer.Option(help="Address; any but this machine's own needs a token in VOLCAL_API_TOKEN.")] = "127.0.0.1",
@@ -369,12 +519,21 @@ def serve_command(
 
     for module in ("fastapi", "uvicorn"):
         _needs(module, "api")
+    db = database(db)
     api = importlib.import_module("volcal.ops.api")
     api.check_binding(host, os.environ.get("VOLCAL_API_TOKEN"))
+    free_port(port, host)
     say(f"the endpoints are at http://{host}:{port}/docs ; Ctrl-C stops it")
     api.serve(host, port, db, data_dir, report_dir)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #a18329aa
+def _plainly(value: Any) -> str:
+    """A default as a config file has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 class ConfigHelp(TyperCommand):
     """A command whose help ends with every field of a config."""
 
@@ -382,7 +541,7 @@ class ConfigHelp(TyperCommand):
         from volcal.calibration.config import describe_config
 
         def default(value: Any) -> str:
-            return "" if value in ("", None) else f"  [{value}]" if value == "required" else f"  [default: {value}]"
+            return "" if value in ("", None) else f"  [{value}]" if value == "required" else f"  [default: {_plainly(value)}]"
 
         with formatter.section("Fields of CONFIG (YAML or JSON; examples are in data/configs)"):
             formatter.write_dl([(entry["field"], f"{entry['description']}{default(entry['default'])}") for entry in describe_config()])
@@ -396,13 +555,19 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON
 def calibrate_command(
     config: ConfigPath,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the whole result as JSON to this file.")] = None,
+    workers: Workers = 1,
+    cluster: Cluster = None,
+    cache: Cache = None,
+    no_cache: NoCache = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the calibration that a config describes and print its result."""
+    writable(out)
+    chosen = computing(workers, cluster, cache, no_cache)
     from volcal.ops.jobs import calibrate_config, write_result
 
     with progress_bar("calibrating, days") as progress:
-        result = calibrate_config(config, progress)
+        result = calibrate_config(config, progress, **chosen)
     if out is not None:
         write_result(result, out)
     typer.echo(result.to_json() if as_json else result.summary())
@@ -436,6 +601,16 @@ def quality_text(
     )
 
 # %% ../../nbs/50_ops/53_cli.ipynb #3bdf850f
+def _what_there_is(root: str, asset: str) -> str:
+    """First and last snapshot of an asset."""
+    from volcal.market.store import Store
+    from volcal.ops.jobs import find_data_dir
+
+    refs = Store(find_data_dir(root)).find(asset)
+    span = f", {refs[0].time:%Y-%m-%d %H:%M} to {refs[-1].time:%Y-%m-%d %H:%M} UTC" if refs else ""
+    return f"{root} has {len(refs):,} snapshot{'' if len(refs) == 1 else 's'} of {asset}{span}"
+
+# %% ../../nbs/50_ops/53_cli.ipynb #a948d946
 @app.command("quality", short_help="Judge the data of a window.")
 def quality_command(
     underlying: Annotated[str, typer.Argument(help="Asset: BTC, ETH, SOL_USDC.")],
@@ -446,13 +621,16 @@ def quality_command(
     as_json: JsonFlag = False,
 ) -> None:
     """Judge the snapshots of a window: coverage, gaps, completeness, issues."""
+    root = data_root(data_dir)
+    asset, (first, last) = asset_name(underlying, root), window(start, end)
+    judged_at = moment(as_of or end or "now", "--as-of")
     from volcal.ops.jobs import window_quality
-    from volcal.units import to_utc
 
-    moments = {name: to_utc(text) if text else None for name, text in (("start", start), ("end", end), ("as_of", as_of or end or "now"))}
     with progress_bar("reading, days") as progress:
-        block = window_quality(data_root(data_dir), underlying.strip().upper(), progress=progress, **moments).to_dict()
+        block = window_quality(root, asset, first, last, judged_at, progress).to_dict()
     print_json(block) if as_json else typer.echo(quality_text(block))
+    if not block["num_snapshots"]:
+        say(f"volcal: {_what_there_is(root, asset)}")
     raise typer.Exit(status_exit(block["status"]))
 
 # %% ../../nbs/50_ops/53_cli.ipynb #589e1402
@@ -460,12 +638,38 @@ def _finished_days(store: Any, asset: str, day: str | None) -> list[Any]:
     """The days to compact: the one asked for, else all that are over."""
     from datetime import UTC, date, datetime
 
+    today = datetime.now(UTC).date()
     if day is None:
-        return sorted({ref.day for ref in store.find(asset) if ref.day < datetime.now(UTC).date()})
+        return sorted({ref.day for ref in store.find(asset) if ref.day < today})
     try:
-        return [date.fromisoformat(day)]
+        wanted = date.fromisoformat(day)
     except ValueError:
         raise typer.BadParameter(f"{day!r} is not a day; write YYYY-MM-DD") from None
+    if wanted >= today:
+        raise typer.BadParameter(f"{day} is not over (today is {today} UTC), so its snapshots are not all there; name a day before today")
+    return [wanted]
+
+# %% ../../nbs/50_ops/53_cli.ipynb #319834a8
+_LASTING = {  # why a small file stays as it is for good
+    "missing_columns": "lack columns that a snapshot must have",
+    "wrong_kind": "have columns of another kind than a snapshot's",
+    "duplicate_columns": "have a column twice",
+    "reserved_column": "have a column of their own called snapshot_time",
+    "incompatible": "have types that do not go with their day's",
+    "no_rows": "have no rows",
+}
+
+
+def left_behind(
+    reports: list[Any],  # of CompactionReport
+) -> tuple[str, bool]:  # in words; whether any of it needs a person
+    """What could not be merged."""
+    counts = Counter(failure.reason for report in reports for failure in report.left)
+    lasting = [f"{count} {_LASTING[reason]}" for reason, count in counts.items() if reason in _LASTING]
+    urgent = [f"{count} {reason}" for reason, count in counts.items() if reason not in _LASTING]
+    told = [f"{'; '.join(lasting)}: they stay small files, which readers read or count, and no later run changes that"] if lasting else []
+    told += [f"{'; '.join(urgent)}: look at them"] if urgent else []
+    return f"{sum(counts.values())} files stay as they are: {'; '.join(told)}; `--json` names them" if counts else "", bool(urgent)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #172b37e3
 @app.command("compact", short_help="Merge finished days into one file each.")
@@ -479,14 +683,19 @@ def compact_command(
     import dataclasses
 
     from volcal.market.store import Store
+    from volcal.units import StoreError
 
-    store, reports = Store(data_root(data_dir)), []
-    days = _finished_days(store, asset.strip().upper(), day)
+    root = data_root(data_dir)
+    name, store, reports = asset_name(asset, root), Store(root), []
+    days = _finished_days(store, name, day)
+    broken = []
     with progress_bar("compacting, days") as progress:
         for number, one in enumerate(days, start=1):
-            reports.append(store.compact(asset.strip().upper(), one))
+            try:
+                reports.append(store.compact(name, one))
+            except StoreError as error:
+                broken.append(str(error))
             progress(number, len(days))
-    left = sum(len(report.left) for report in reports)
     if as_json:
         print_json([dataclasses.asdict(report) for report in reports])
     for report in [] if as_json else reports:
@@ -494,22 +703,48 @@ def compact_command(
             f"{report.asset} {report.day}  {report.snapshots} snapshots, {report.rows:,} rows; {report.added} added, {report.removed} "
             f"small files removed, {len(report.left)} left"
         )
-    if left:
-        say(f"volcal: {left} files could not be merged and stay as they are; `--json` names them")
-    raise typer.Exit(Exit.degraded if left else Exit.ok)
+    told, urgent = left_behind(reports)
+    for problem in [*([told] if told else []), *broken]:
+        say(f"volcal: {problem}")
+    raise typer.Exit(Exit.error if broken else Exit.degraded if urgent else Exit.ok)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #b409c394
 Assets = Annotated[str, typer.Option("--assets", help="Assets, comma-separated: BTC, ETH, SOL_USDC.")]
+HarvestAssets = Annotated[
+    str | None, typer.Option("--assets", help="Assets, comma-separated: BTC, ETH, SOL_USDC.  [default: BTC,ETH; with --status: all that are there]")
+]
 Exchange = Annotated[str | None, typer.Option("--url", help="Base URL of the exchange.  [default: VOLCAL_DERIBIT_URL, else www.deribit.com]")]
 
 
 def _asset_list(text: str) -> list[str]:
-    assets = [part.strip().upper() for part in text.split(",") if part.strip()]
+    assets = [asset_name(part) for part in text.split(",") if part.strip()]
     if not assets:
         raise typer.BadParameter("no asset is named, so nothing can be harvested; write --assets BTC,ETH")
-    return assets
+    return list(dict.fromkeys(assets))
 
 
+def exchange_at(
+    url: str | None,  # default: the settings'
+) -> Any:  # Deribit
+    """A client of the exchange; a URL that no exchange can have is a usage error."""
+    from urllib.parse import urlsplit
+
+    from volcal.market.deribit import Deribit
+    from volcal.settings import get_settings
+
+    base = url or get_settings().deribit_url
+    try:
+        parts = urlsplit(base)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        raise typer.BadParameter(f"{base!r} is no address of an exchange, so nothing was asked; write e.g. https://www.deribit.com/api/v2")
+    if not parts.path.strip("/"):
+        raise typer.BadParameter(f"{base} lacks the path of the API, so no question would be understood; write {base.rstrip('/')}/api/v2")
+    return Deribit(base)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #d455128f
 def entry_line(entry: Any) -> str:
     """One tick of one asset."""
     kept = f"{entry.rows} options, {entry.path}" if entry.status == "present" else f"{entry.reason}: {entry.detail}"
@@ -520,15 +755,17 @@ def status_line(one: Any) -> str:
     """The state of one asset's harvest."""
     covered = "unknown" if one.coverage is None else f"{one.coverage:.1%}"
     longest = max((gap.ticks for gap in one.gaps), default=0)
+    span = f"{one.first[:16]} to {one.last[:16]} UTC" if one.first and one.last else "none yet"
     return (
-        f"{one.asset:<10} {one.snapshots:,} snapshots, {one.first or '-'} to {one.last or '-'}, coverage {covered}, "
+        f"{one.asset:<10} {one.snapshots:,} snapshots, {span}, coverage {covered}, "
         f"{len(one.gaps)} gaps (longest {longest} ticks), {one.size_bytes / 1e6:.1f} MB"
+        + (f"; the newest attempt left none, {one.problem}" if one.problem else "")
     )
 
 # %% ../../nbs/50_ops/53_cli.ipynb #c2512c04
 @app.command("harvest", short_help="Poll the exchange into the store.")
 def harvest_command(
-    assets: Assets = "BTC,ETH",
+    assets: HarvestAssets = None,
     every: Annotated[str, typer.Option(help="Spacing of snapshots: 5m, 15m, 1h.")] = "15m",
     once: Annotated[bool, typer.Option("--once", help="Take one snapshot of each asset and end.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show coverage, gaps, last snapshot and size, and end.")] = False,
@@ -540,17 +777,27 @@ def harvest_command(
     import dataclasses
 
     from volcal.market import harvester
-    from volcal.market.deribit import Deribit
 
-    root, names = data_root(data_dir), _asset_list(assets)
+    if once and status:
+        raise typer.BadParameter("--once takes a snapshot and --status only looks; give one of them")
+    root, names, client = data_root(data_dir), None if assets is None else _asset_list(assets), exchange_at(url)
+    with usage():
+        harvester.parse_interval(every)
     if status:
-        found = harvester.harvest_status(root)
-        print_json([dataclasses.asdict(one) for one in found]) if as_json else typer.echo("\n".join(status_line(one) for one in found))
+        found = harvester.harvest_status(root, names)
+        print_json([dataclasses.asdict(one) for one in found]) if as_json else typer.echo("\n".join(status_line(one) for one in found) or NO_HARVEST)
         raise typer.Exit(Exit.ok)
-    client = Deribit(url) if url else Deribit()
+    names = names or ["BTC", "ETH"]
     entries = harvester.harvest_once(root, names, client) if once else harvester.run_harvester(root, names, every, client).entries
-    print_json([dataclasses.asdict(entry) for entry in entries]) if as_json else typer.echo("\n".join(map(entry_line, entries)))
-    raise typer.Exit(Exit.ok if all(entry.status == "present" for entry in entries) else Exit.degraded)
+    if as_json or entries:
+        print_json([dataclasses.asdict(entry) for entry in entries]) if as_json else typer.echo("\n".join(map(entry_line, entries)))
+    if not entries:
+        say("stopped before the first snapshot was due")
+    present = sum(entry.status == "present" for entry in entries)
+    raise typer.Exit(Exit.ok if present == len(entries) else Exit.degraded if present or not once else Exit.error)
+
+
+NO_HARVEST = "there is no harvest yet; `volcal harvest --once` takes a first snapshot"
 
 # %% ../../nbs/50_ops/53_cli.ipynb #ebd94788
 @app.command("backfill", short_help="Fetch price and volatility history.")
@@ -566,16 +813,18 @@ def backfill_command(
     """Fetch candles and the volatility index into `_history`, merged without duplicates."""
     import dataclasses
 
-    from volcal.market.deribit import Deribit
     from volcal.market.harvester import backfill
 
-    reports = backfill(data_root(data_dir), _asset_list(assets), start, end, resolution, Deribit(url) if url else Deribit())
+    names, (first, last), client = _asset_list(assets), window(start, end), exchange_at(url)
+    with usage():
+        reports = backfill(data_root(data_dir), names, first, last, resolution, client)
     if as_json:
         print_json([dataclasses.asdict(report) for report in reports])
     for one in [] if as_json else reports:
         told = one.error or f"{one.fetched:,} fetched, {one.missing:,} missing, {one.rows:,} rows now, {one.first or '-'} to {one.last or '-'}"
         typer.echo(f"{one.asset:<10} {one.kind:<5} {told}")
-    raise typer.Exit(Exit.degraded if any(report.error for report in reports) else Exit.ok)
+    failed = sum(bool(report.error) for report in reports)
+    raise typer.Exit(Exit.ok if not failed else Exit.degraded if failed < len(reports) else Exit.error)
 
 # %% ../../nbs/50_ops/53_cli.ipynb #3d67e13d
 @app.command("replay", short_help="Serve a store as a local exchange.")
@@ -588,9 +837,45 @@ def replay_command(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 = any free one.")] = 8765,
 ) -> None:
     """Answer Deribit's public calls from a harvest until SIGTERM or Ctrl-C. Bind to loopback only."""
-    from volcal.market.replay import run_replay
+    from volcal.market.replay import ANSWERS, MAX_SPEED, parse_fault, run_replay
 
-    run_replay(data_root(data_dir), at, speed, fault or (), seed, port=port, ready=lambda exchange: say(f"replaying at {exchange.url}"))
+    when = moment(at, "--at")
+    if not 0 <= port <= 65_535 or not 0 <= speed <= MAX_SPEED:
+        raise typer.BadParameter(f"port {port} and speed {speed:g} must lie in 0 to 65535 and in 0 to {MAX_SPEED:g}, so nothing is served")
+    with usage():
+        faults = [parse_fault(text) for text in fault or ()]
+    unknown = [one.method for one in faults if one.method and one.method not in ANSWERS]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)} is not replayed, so the fault would never strike; one of {', '.join(ANSWERS)}")
+
+    def ready(exchange: Any) -> None:
+        first, early = exchange.market.span()[0], ""
+        if when is not None and when < first:
+            early = f"; that is before the first snapshot ({first:%Y-%m-%d %H:%M} UTC), so books are empty"
+        say(f"replaying at {exchange.url}, {exchange.clock.now():%Y-%m-%d %H:%M} UTC{early}; Ctrl-C stops it")
+
+    run_replay(data_root(data_dir), when, speed, faults, seed, port=port, ready=ready)
+
+# %% ../../nbs/50_ops/53_cli.ipynb #56ed6200
+def _run_job(
+    job: str,
+    parameters: Any,
+    report_dir: Path | None,
+    folder: str,  # of its reports, under the underlying's
+    doing: str,
+    failed: Callable[[Path], bool] | None = None,  # whether the result it left says failed
+) -> Any:  # JobRun with a result
+    """Run a job's notebook. Raises `JobError` where it left no result."""
+    from volcal.ops.jobs import run_notebook
+    from volcal.settings import get_settings
+    from volcal.units import JobError
+
+    base = Path(report_dir or get_settings().report_dir) / parameters.underlying / folder
+    with working(f"{doing} and writing the report"):
+        run = run_notebook(job, parameters, base, f"{parameters.underlying} {folder}", failed=failed)
+    if run.error or run.result is None:
+        raise JobError(f"{doing} came to nothing: {run.error}; the evidence is in {run.folder}")
+    return run
 
 # %% ../../nbs/50_ops/53_cli.ipynb #43227038
 @app.command("build-regimes", short_help="Learn regimes from a harvest.")
@@ -599,33 +884,32 @@ def build_regimes_command(
     data_dir: DataDir = None,
     start: Annotated[str | None, typer.Option(metavar="ISO", help="First moment, UTC.")] = None,
     end: Annotated[str | None, typer.Option(metavar="ISO", help="Last moment, UTC.")] = None,
-    price_history: Annotated[str | None, typer.Option(help="Parquet file of candles.  [default: as the harvest offers]")] = None,
+    price_history: PriceHistory = None,
     snapshot_step: Annotated[int, typer.Option(help="Keep every N-th snapshot.")] = 1,
     k: Annotated[int | None, typer.Option(help="Number of regimes.  [default: chosen by the evidence]")] = None,
     method: Annotated[str, typer.Option(help="kmeans or gmm.")] = "kmeans",
+    features: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Sensors that regimes are told apart by.  [default: vrp_30d, chop_factor and six more]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
-    out: Annotated[str | None, typer.Option(help="Where the model is written.  [default: data/greg_regimes.json]")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Where the model is written.  [default: data/greg_regimes.json, the name by which simulators look for it]")
+    ] = None,
     report_dir: ReportDir = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Learn regimes, write the model, leave a report with the config block under REPORT_DIR/<underlying>/regimes/."""
-    from volcal.ops.jobs import find_data_dir, run_notebook
-    from volcal.settings import get_settings
-    from volcal.universe.regime_builder import BuildRegimesParameters
-    from volcal.units import JobError
+    window(start, end)
+    from volcal.ops.jobs import find_data_dir
 
-    given = {"data_dir": find_data_dir(data_root(data_dir)), "start": start, "end": end, "price_history": price_history, "k": k, "out": out}
-    parameters = BuildRegimesParameters(
-        underlying=underlying, snapshot_step=snapshot_step, method=method, seed=seed, **{n: v for n, v in given.items() if v is not None}
-    )
-    base = Path(report_dir or get_settings().report_dir) / parameters.underlying / "regimes"
-    with working("learning regimes and writing the report"):
-        run = run_notebook("build_regimes", parameters, base, f"{parameters.underlying} regimes")
-    if run.error or run.result is None:
-        raise JobError(f"no regimes were learned: {run.error}; the evidence is in {run.folder}")
+    given = {"underlying": underlying, "data_dir": find_data_dir(data_root(data_dir)), "start": start, "end": end, "price_history": price_history,
+             "snapshot_step": snapshot_step, "k": k, "method": method, "features": features, "seed": seed, "out": out}
+    parameters = _parameters(given, "build_regimes")
+    run = _run_job("build_regimes", parameters, report_dir, "regimes", "learning regimes")
     model = json.loads(run.result.read_text(encoding="utf-8"))
-    told = {"model": parameters.out, "regimes": [regime["name"] for regime in model["regimes"]], "report": str(run.page)}
-    print_json({**told, "regime_model": model}) if as_json else typer.echo("\n".join(f"{n:<10}{v}" for n, v in told.items()))
+    told = {"model": parameters.out, "regimes": [regime["name"] for regime in model["regimes"]], "report": str(run.page),
+            "config": str(run.page.with_suffix(".yaml"))}
+    print_json({**told, "regime_model": model}) if as_json else typer.echo("\n".join(f"{n:<10}{_told(v)}" for n, v in told.items()))
 
 # %% ../../nbs/50_ops/53_cli.ipynb #8fcdd6eb
 @app.command("simulate", short_help="Write a simulated market as a harvest.")
@@ -637,12 +921,63 @@ def simulate_command(
     seed: Annotated[int | None, typer.Option(help="Seed, instead of the config's.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Simulate spot, volatility, skew and chains under regimes. The same seed gives the same bytes."""
-    from volcal.universe.chains import simulate
+    """Simulate spot, volatility, skew and chains under regimes, priced by the surface applied to the asset, else the config's. Same seed, same bytes."""
+    from volcal.market.harvester import parse_interval
+    from volcal.ops.policy import load_applied
+    from volcal.universe.chains import MAX_DAYS, simulate
 
+    if not 0 < days <= MAX_DAYS:
+        raise typer.BadParameter(f"--days {days:g} is outside 0 to {MAX_DAYS:g}, so nothing was simulated; give a positive number")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise typer.BadParameter(f"--seed {seed} is outside 0 to {2**32 - 1}, so nothing was simulated; give one inside")
+    with usage():
+        parse_interval(every)
+    load_applied()
     with progress_bar("writing snapshots") as progress:
         done = simulate(config, days, out, every, seed, progress=progress)
-    print_json(done) if as_json else typer.echo("\n".join(f"{name:<14}{value}" for name, value in done.items()))
+    print_json(done) if as_json else typer.echo("\n".join(f"{name:<14}{_told(value)}" for name, value in done.items()))
+
+
+def _told(value: Any) -> str:
+    """A value of a summary; several of them by name."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_told(one)}" for name, one in value.items())
+    return ", ".join(map(_told, value)) if isinstance(value, (list, tuple)) else f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1 else (
+        f"{value:,.2f}" if isinstance(value, float) else str(value))
+
+# %% ../../nbs/50_ops/53_cli.ipynb #7a455630
+@app.command("realism-check", short_help="Hold a synthetic market against the real one.")
+def realism_check_command(
+    underlying: Annotated[str, typer.Option(help="Asset: BTC, ETH, SOL_USDC.")] = "BTC",
+    data_dir: DataDir = None,
+    model: Annotated[str | None, typer.Option(metavar="FILE", help="Regime model to judge, as build-regimes writes it.")] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Synthetic config to judge, as simulate reads it.")] = None,
+    start: Annotated[str | None, typer.Option(metavar="ISO", help="First moment, UTC.  [default: the oldest snapshot]")] = None,
+    end: Annotated[str | None, typer.Option(metavar="ISO", help="Last moment, UTC.  [default: the newest snapshot]")] = None,
+    days: Annotated[float | None, typer.Option(help="Length of the window that ends at --end, instead of --start.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    report_dir: ReportDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Score a model or a config against a harvest and say where they differ; with neither, a model is fitted on the first 70 % and judged on the rest.
+    The report is left under REPORT_DIR/<underlying>/realism/."""
+    from volcal.ops.jobs import find_data_dir, says_failed
+    from volcal.universe.chains import MAX_DAYS
+
+    if days is not None and not 0 < days <= MAX_DAYS:
+        raise typer.BadParameter(f"--days {days:g} is outside 0 to {MAX_DAYS:g}, so there is no window; give a positive number")
+    given = {"underlying": underlying, "data_dir": find_data_dir(data_root(data_dir)), "model": model, "config": config, "start": start, "end": end,
+             "days": days, "seed": seed}
+    parameters = _parameters(given, "realism_check")
+    from volcal.universe.realism import given_universe, realism_from_json, realism_summary
+
+    given_universe(parameters)
+    run = _run_job("realism_check", parameters, report_dir, "realism", "simulating universes", says_failed)
+    result, report = realism_from_json(run.result), str(run.page or run.folder)
+    print_json({**result.to_dict(), "report": report}) if as_json else typer.echo(f"{realism_summary(result)}\n{'report':<22}{report}")
+    if result.status == "failed":
+        say(f"volcal: nothing was scored: {result.reason}")
+    raise typer.Exit({"ok": Exit.ok, "degraded": Exit.degraded}.get(result.status, Exit.error))
 
 # %% ../../nbs/50_ops/53_cli.ipynb #dea7b115
 def history_line(
@@ -679,14 +1014,23 @@ def history_command(
     """List the newest calibrations, failed ones too."""
     from volcal.ops.history import list_recent_calibrations
 
-    wanted = (underlying or asset or "").strip().upper() or None
-    entries = list_recent_calibrations(wanted, limit, db)
+    given = underlying or asset
+    wanted, db = asset_name(given) if given else None, database(db)
+    entries = list_recent_calibrations(wanted, min(limit, MAX_RUNS), db)
     if as_json:
         print_json([entry.model_dump(mode="json") for entry in entries])
     elif entries:
         typer.echo("\n".join([HISTORY_HEAD, *(history_line(entry)[:220] for entry in entries)]))
     else:
-        say("no calibration is recorded yet; `volcal auto-calibrate` records one")
+        from volcal.ops.jobs import history_place
+
+        others = sorted({entry.underlying for entry in list_recent_calibrations(None, MAX_RUNS, db)})
+        of = f" of {wanted}" if wanted else ""
+        say(f"no calibration{of} is recorded in {history_place(db)}" + (f", only of {', '.join(others)}" if others else "")
+            + f"; `volcal auto-calibrate{f' --underlying {wanted}' if wanted else ''}` records one")
+
+
+MAX_RUNS = 100_000
 
 # %% ../../nbs/50_ops/53_cli.ipynb #19f4a854
 def _surface_text(surface: dict[str, Any], as_json: bool) -> str:
@@ -703,8 +1047,17 @@ def _current_surface(into: Path | None) -> dict[str, Any] | None:
     from volcal.units import ConfigError
 
     current = load_mapping(into).get("vol_surface") if into else None
-    if current is not None and not isinstance(current, dict):
-        raise ConfigError(f"vol_surface in {into} is not a mapping, so it cannot be updated; remove it or write it as keys and values")
+    if current is None:
+        return None
+    from pydantic import ValidationError
+
+    from volcal.vol.surface import VolSurface
+
+    try:
+        VolSurface.model_validate(current)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'vol_surface'}: {one['msg']}" for one in error.errors())
+        raise ConfigError(f"vol_surface in {into} is no surface ({told}), so it was left as it is; correct it or remove it") from None
     return current
 
 # %% ../../nbs/50_ops/53_cli.ipynb #68aad644
@@ -715,7 +1068,8 @@ def update_vol_surface_command(
     into: Annotated[Path | None, typer.Option("--into", help="Replace only vol_surface in this config, in place.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Calibrate and write the recommended vol_surface; a failed run is refused."""
+    """Calibrate and write the recommended vol_surface; a failed run is refused. A calibration config judges the surface that it holds."""
+    writable(out)
     from volcal.ops.jobs import calibrate_config, replace_surface, surface_for_use, write_atomically
 
     current = _current_surface(into)
@@ -761,6 +1115,7 @@ def demo_command(report_dir: ReportDir = None, as_json: JsonFlag = False) -> Non
     from volcal.settings import get_settings
 
     folder = Path(report_dir or get_settings().report_dir) / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
     root = demo_data(folder)
     newest = Store(root).find("BTC")[-1].time
     with working("calibrating the sample harvest and writing the report"):

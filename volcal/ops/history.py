@@ -5,9 +5,9 @@
 # %% ../../nbs/50_ops/50_history.ipynb #295c288c
 from __future__ import annotations
 
+import json
 import logging
-import math
-import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -24,37 +24,67 @@ from sqlalchemy.pool import NullPool, StaticPool
 from ..calibration.guardrails import judged_metrics
 from ..calibration.result import CalibrationResult, to_plain
 from ..settings import get_settings
-from ..units import ConfigError, HistoryError, to_utc
+from ..units import ConfigError, HistoryError, VolcalError, to_utc
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['DETAIL_PARTS', 'SCHEMA_VERSION', 'METADATA', 'VERSIONS', 'HISTORY', 'BUSY_SECONDS', 'CONNECT_SECONDS',
-           'CalibrationHistoryEntry', 'entry_from_result', 'UtcColumn', 'history_url', 'history_connection',
-           'insert_calibration_history', 'mark_within', 'mark_applied', 'find_calibrations', 'get_latest_calibration',
-           'get_calibration', 'list_recent_calibrations', 'history_frame']
+__all__ = ['DETAIL_PARTS', 'MAX_INTEGER', 'FEW', 'NO_TIME', 'SCHEMA_VERSION', 'METADATA', 'VERSIONS', 'HISTORY', 'BUSY_SECONDS',
+           'CONNECT_SECONDS', 'CalibrationHistoryEntry', 'storable', 'entry_from_result', 'UtcColumn', 'history_url',
+           'history_connection', 'insert_calibration_history', 'mark_within', 'mark_applied', 'find_calibrations',
+           'get_latest_calibration', 'get_calibration', 'list_recent_calibrations', 'history_frame']
 
 # %% ../../nbs/50_ops/50_history.ipynb #d5621315
+class _BandPart(BaseModel):
+    name: str
+    min_dte: float
+    max_dte: float
+    recommended_iv_multiplier: float | None = None
+
+
+class _MetricsPart(BaseModel):
+    vega_sum: float | None = None
+
+
+class _TimePart(BaseModel):
+    end: datetime | None = None
+
+# %% ../../nbs/50_ops/50_history.ipynb #9049e0fd
+class _Details(BaseModel):
+    """The parts of `details` that others rely on."""
+
+    bands: list[_BandPart] | None = None
+    recommended_metrics: _MetricsPart | None = None
+    global_metrics: _MetricsPart | None = None
+    time_range: _TimePart | None = None
+    data_quality: dict[str, Any] | None = None
+    recommended_vol_surface: dict[str, Any] | None = None
+    applied: dict[str, Any] | None = None
+
+# %% ../../nbs/50_ops/50_history.ipynb #bc919b38
 _LOG = logging.getLogger("volcal.ops.history")
 DETAIL_PARTS = (
     "bands", "recommended_skew", "skew_misfit", "data_quality", "snapshot_sensors", "reproducibility", "recommended_vol_surface",
     "vol_surface_diff", "multiplier_candidates", "global_metrics", "recommended_metrics", "out_of_sample_metrics", "time_range",
     "rv_annualized", "rv_source", "rv_stderr", "atm_iv", "spot", "events", "active_overrides")
+MAX_INTEGER = 2**31 - 1  # of a database column
+FEW = 20  # rows looked at before all are
+NO_TIME = datetime(1970, 1, 1, tzinfo=UTC)  # stands for a time that cannot be read
 
-# %% ../../nbs/50_ops/50_history.ipynb #9049e0fd
+# %% ../../nbs/50_ops/50_history.ipynb #933b2563
 class CalibrationHistoryEntry(BaseModel):
     """One run. Raises `HistoryError` naming what does not fit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    underlying: str = Field(min_length=1, description="asset: BTC, ETH, SOL_USDC")
+    underlying: str = Field(min_length=1, max_length=32, description="asset: BTC, ETH, SOL_USDC")
     dte_min: float = Field(description="first day to expiry, inclusive")
     dte_max: float = Field(description="last day to expiry, inclusive")
     lookback_days: float | None = Field(description="days of data behind the run")
     multiplier: float | None = Field(description="recommended multiplier")
     mae_pct: float | None = Field(description="mean absolute error of the judged surface, percent")
-    num_samples: int = Field(ge=0, description="options behind it")
+    num_samples: int = Field(ge=0, le=MAX_INTEGER, description="options behind it")
     id: int | None = Field(None, description="row number, given by the database")
     created_at: datetime | None = Field(None, description="UTC; default: when it is written")
     source: Literal["live", "harvested"] | None = Field(None, description="where the market came from")
@@ -63,7 +93,7 @@ class CalibrationHistoryEntry(BaseModel):
     status: Literal["ok", "degraded", "failed"] | None = Field(None, description="the guardrails' verdict")
     reason: str | None = Field(None, description="why")
     applied: bool = Field(False, description="whether it was ever applied")
-    config_hash: str | None = Field(None, description="what was done, whatever the window (recipe_hash)")
+    config_hash: str | None = Field(None, max_length=64, description="what was done, whatever the window (recipe_hash)")
     report: str | None = Field(None, description="where the report is")
     details: dict[str, Any] = Field(default_factory=dict, description="bands, skew, quality, sensors, reproducibility")
 
@@ -71,7 +101,7 @@ class CalibrationHistoryEntry(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            told = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+            told = "; ".join(f"{'.'.join(map(str, e['loc']))} = {repr(e['input'])[:60]}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors())
             raise HistoryError(f"this is no history row, so nothing was written: {told}") from None
 
     @field_validator("*", mode="before")
@@ -79,19 +109,36 @@ class CalibrationHistoryEntry(BaseModel):
     def _tidy(cls, value: Any, info: Any) -> Any:
         return _tidy_field(info.field_name, value)
 
-# %% ../../nbs/50_ops/50_history.ipynb #bc919b38
+# %% ../../nbs/50_ops/50_history.ipynb #f1607bc9
+def _shaped(details: Any) -> Any:
+    """Details whose known parts have their shape. Raises `ValueError` naming the part that has not."""
+    try:
+        _Details.model_validate(details)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'details'}: {first['msg']}") from None
+    return details
+
+# %% ../../nbs/50_ops/50_history.ipynb #cfcb3275
+def storable(
+    text: str,
+) -> str:  # U+FFFD in the place of what no database keeps: NUL and half characters
+    """Text that comes back as it went in, from every database."""
+    return re.sub("[\x00\ud800-\udfff]", "\ufffd", text)
+
+# %% ../../nbs/50_ops/50_history.ipynb #a8ee9805
 def _tidy_field(name: str | None, value: Any) -> Any:
     """Plain values: assets upper-case, states lower-case, times UTC, NaN and infinity none."""
     if isinstance(value, str) and name == "underlying":
-        return value.strip().upper()
+        return storable(value).strip().upper()
     if name == "status" and value is not None:
         return str(getattr(value, "value", value)).strip().lower() or None
     if name == "created_at" and value is not None:
         return to_utc(value).to_pydatetime()
     if name == "details":
-        return to_plain(value or {})
-    if isinstance(value, Path):
-        return str(value)
+        return _shaped(to_plain(value or {}))
+    if isinstance(value, (str, Path)):
+        return storable(str(value))
     return to_plain(value) if isinstance(value, float) or hasattr(value, "dtype") else value
 
 # %% ../../nbs/50_ops/50_history.ipynb #97177a1a
@@ -128,12 +175,13 @@ class UtcColumn(sa.types.TypeDecorator[datetime]):
         if value is None:
             return None
         when = to_utc(value).to_pydatetime()
-        return when if dialect.name == "postgresql" else when.strftime("%Y-%m-%dT%H:%M:%S.%f+00:00")
+        return when if dialect.name == "postgresql" else when.isoformat(timespec="microseconds")
 
     def process_result_value(self, value: Any, dialect: Any) -> Any:
-        if value is None or isinstance(value, (int, float)):
-            return None if value is None else datetime.fromtimestamp(value, UTC)
-        return to_utc(value).to_pydatetime()
+        try:
+            return datetime.fromtimestamp(value, UTC) if isinstance(value, (int, float)) else value and to_utc(value).to_pydatetime()
+        except (VolcalError, OverflowError, ValueError, OSError):
+            return None  # what an unknown writer left; the row's reader says so
 
 # %% ../../nbs/50_ops/50_history.ipynb #17b769c3
 SCHEMA_VERSION = 2  # 1 was the table of nine columns, which had no version
@@ -209,16 +257,25 @@ def _on_sqlite_connect(connection: Any, _record: Any) -> None:
     cursor.close()
 
 # %% ../../nbs/50_ops/50_history.ipynb #fdc0dfc7
+def _read_json(text: str | bytes) -> Any:
+    """JSON; what is none comes back as it is, for the row's reader to refuse."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _on_sqlite_begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("volcal_write") else "BEGIN")
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #bde4dc9e
 @lru_cache(maxsize=32)
 def _engine(address: URL) -> Engine:
     if address.get_backend_name() != "sqlite":
         return sa.create_engine(address, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_SECONDS})
     memory = _sqlite_file(address) is None
-    engine = sa.create_engine(address, poolclass=StaticPool if memory else NullPool, connect_args={"check_same_thread": False})
+    engine = sa.create_engine(address, poolclass=StaticPool if memory else NullPool, json_deserializer=_read_json,
+                              connect_args={"check_same_thread": False})
     sa.event.listen(engine, "connect", _on_sqlite_connect)
     sa.event.listen(engine, "begin", _on_sqlite_begin)
     return engine
@@ -233,8 +290,9 @@ def _reached(address: URL, write: bool) -> Iterator[Connection]:
             with connection.begin():
                 yield connection
     except ModuleNotFoundError as error:
-        raise HistoryError(f"history {_place(address)} needs {error.name}, so it was not reached; pip install 'volcal[postgres]'") from None
-    except (SQLAlchemyError, OSError) as error:
+        remedy = "pip install 'volcal[postgres]'" if error.name == "psycopg" else "install it, or write the URL without a driver"
+        raise HistoryError(f"history {_place(address)} needs {error.name}, so it was not reached; {remedy}") from None
+    except (SQLAlchemyError, OSError, OverflowError, UnicodeError) as error:
         told = " ".join(str(getattr(error, "orig", None) or error).split())
         told = told.replace(str(address.password), "***") if address.password else told
         raise HistoryError(f"history {_place(address)} cannot be {'written' if write else 'read'}: {told}; "
@@ -310,7 +368,9 @@ def _free_sqlite(connection: Connection) -> None:
     _sql(connection, f"ALTER TABLE {rebuilt.name} RENAME TO {HISTORY.name}")
     written = connection.execute(sa.select(HISTORY.c.id, HISTORY.c.created_at)).all()
     for number, when in written:
-        connection.execute(sa.update(HISTORY).where(HISTORY.c.id == number).values(created_at=when or datetime(1970, 1, 1, tzinfo=UTC)))
+        if when is None:
+            _LOG.warning("history upgraded row=%s has no time that can be read; 1970 stands for it", number)
+        connection.execute(sa.update(HISTORY).where(HISTORY.c.id == number).values(created_at=when or NO_TIME))
 
 # %% ../../nbs/50_ops/50_history.ipynb #4a65920d
 def _upgrade(connection: Connection) -> None:
@@ -334,7 +394,18 @@ def _upgrade(connection: Connection) -> None:
 def _is_new(url: str | None) -> bool:
     """Whether it is a SQLite file that does not exist yet; reading must not create one."""
     file = _sqlite_file(history_url(url))
-    return file is not None and not file.exists()
+    return file is not None and not _is_there(file)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file exists; one that cannot be looked at is not taken for a new one. Raises `HistoryError`."""
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise HistoryError(f"the history {file} cannot be reached ({error.strerror}); check VOLCAL_DATABASE_URL and its folder's permissions") from None
+    return True
 
 # %% ../../nbs/50_ops/50_history.ipynb #4762392b
 @contextmanager
@@ -357,7 +428,7 @@ def history_connection(
 def _make_ready(address: URL) -> None:
     """Create or upgrade where that is due; remembered, because reflection costs more than a write."""
     file, current = _sqlite_file(address), False
-    if file is not None and not file.exists():
+    if file is not None and not _is_there(file):
         _make_folder(file.parent)
     else:
         with _reached(address, False) as connection:
@@ -404,7 +475,7 @@ def mark_within(
     connection.execute(sa.update(HISTORY).where(HISTORY.c.id == id).values(applied=True, details=details))
     return _entry({**found, "applied": True, "details": details})
 
-
+# %% ../../nbs/50_ops/50_history.ipynb #92904b65
 def mark_applied(
     id: int,  # of the run
     by: str = "volcal",  # who or what applied it
@@ -414,15 +485,28 @@ def mark_applied(
     with history_connection(url, write=True) as connection:
         return mark_within(connection, id, by)
 
-# %% ../../nbs/50_ops/50_history.ipynb #92904b65
+# %% ../../nbs/50_ops/50_history.ipynb #f4ed8921
 def _entry(row: Any) -> CalibrationHistoryEntry:
     """A row as an entry; what an older writer left in a form of its own is read with patience."""
     values = {name: row[name] for name in HISTORY.columns.keys()}
     known = str(values["status"] or "").strip().lower()
     values["status"] = known if known in ("ok", "degraded", "failed") else None
     values["source"] = values["source"] if values["source"] in ("live", "harvested") else None
-    values["num_samples"] = max(int(values["num_samples"] or 0), 0)
-    return CalibrationHistoryEntry(**{**values, "applied": bool(values["applied"]), "details": values["details"] or {}})
+    values["num_samples"] = values["num_samples"] or 0
+    try:
+        entry = CalibrationHistoryEntry(**{**values, "applied": bool(values["applied"]), "details": values["details"] or {}})
+    except HistoryError as error:
+        return _unreadable(values, str(error).partition("written: ")[2])
+    return entry if entry.created_at is not None else _unreadable(values, "created_at is no point in time")
+
+# %% ../../nbs/50_ops/50_history.ipynb #2a95b77d
+def _unreadable(values: dict[str, Any], why: str) -> CalibrationHistoryEntry:
+    """A row that somebody damaged: still listed, as failed, with what is wrong."""
+    _LOG.warning("history row=%s cannot be read: %s", values["id"], why)
+    empty = {"dte_min": 0.0, "dte_max": 0.0, "lookback_days": None, "multiplier": None, "mae_pct": None, "num_samples": 0}
+    asset = values["underlying"] if isinstance(values["underlying"], str) and values["underlying"].strip() else "?"
+    return CalibrationHistoryEntry(**empty, id=values["id"], created_at=values["created_at"] or NO_TIME, underlying=asset[:32],
+                                   status="failed", reason=f"this row cannot be read: {why}")
 
 # %% ../../nbs/50_ops/50_history.ipynb #6b6af0b5
 def find_calibrations(
@@ -438,7 +522,8 @@ def find_calibrations(
     url: str | None = None,
 ) -> list[CalibrationHistoryEntry]:
     """Runs that answer every filter given, newest first."""
-    asset = underlying.strip().upper() if underlying else None
+    asset = storable(underlying).strip().upper() if underlying else None
+    since, until = (None if when is None else to_utc(when) for when in (since, until))
     equal = {"underlying": asset, "dte_min": dte_min, "dte_max": dte_max, "source": source, "config_hash": config_hash}
     query = sa.select(HISTORY).order_by(HISTORY.c.created_at.desc(), HISTORY.c.id.desc())
     query = query.where(*[HISTORY.c[name] == value for name, value in equal.items() if value is not None])
@@ -450,7 +535,7 @@ def find_calibrations(
     if _is_new(url):
         return []
     with history_connection(url) as connection:
-        return [_entry(row) for row in connection.execute(query.limit(limit)).mappings()]
+        return [_entry(row) for row in connection.execute(query.limit(limit and min(limit, MAX_INTEGER))).mappings()]
 
 # %% ../../nbs/50_ops/50_history.ipynb #b8f1e3b1
 def get_latest_calibration(
@@ -462,8 +547,8 @@ def get_latest_calibration(
     source: str | None = None,  # None = of any source
 ) -> CalibrationHistoryEntry | None:  # None when there is none
     """The newest run of this underlying and exactly this DTE range."""
-    found = find_calibrations(underlying, dte_min, dte_max, source, url=url, limit=1 if include_failed else None)
-    return next((entry for entry in found if include_failed or entry.status != "failed"), None)
+    few_then_all = (find_calibrations(underlying, dte_min, dte_max, source, url=url, limit=limit) for limit in (FEW, None))
+    return next((entry for found in few_then_all for entry in found if include_failed or entry.status != "failed"), None)
 
 # %% ../../nbs/50_ops/50_history.ipynb #2c86c6c3
 def get_calibration(
@@ -472,7 +557,7 @@ def get_calibration(
 ) -> CalibrationHistoryEntry:
     """One run by its number. Raises `HistoryError` when there is no such run."""
     found = None
-    if not _is_new(url):
+    if 0 < id <= MAX_INTEGER and not _is_new(url):
         with history_connection(url) as connection:
             found = connection.execute(sa.select(HISTORY).where(HISTORY.c.id == id)).mappings().one_or_none()
     if found is None:

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import pkgutil
 import re
 import tempfile
 import threading
@@ -22,10 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from .. import units
 from volcal.calibration.config import (
     Asset,
     CalibrationConfig,
     ConfigPart,
+    JobParameters,
     HarvestConfig,
     OptionTypes,
     UtcTime,
@@ -43,25 +46,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("volcal.jobs")
 
 # %% auto #0
-__all__ = ['log', 'JOBS', 'SAMPLE_DIR', 'PAGE_CSS', 'FAILED_WARNING', 'AutoCalibrateParameters', 'job_parameters',
-           'plain_parameters', 'spread_samples', 'job_window', 'find_data_dir', 'job_config', 'job_hash',
-           'window_quality', 'failed_result', 'auto_calibrate', 'write_result', 'write_atomically', 'report_html',
-           'JobRun', 'job_notebook', 'new_folder', 'run_notebook', 'AutoCalibration', 'record_run',
-           'run_auto_calibrate', 'job_summary', 'replace_yaml_surface', 'replace_surface', 'calibrate_config',
-           'surface_for_use']
+__all__ = ['log', 'MAX_LOOKBACK_DAYS', 'JOBS', 'SAMPLE_DIR', 'PAGE_CSS', 'FAILED_WARNING', 'AutoCalibrateParameters',
+           'job_parameters', 'plain_parameters', 'spread_samples', 'job_window', 'find_data_dir', 'job_config',
+           'job_hash', 'with_surface_in_use', 'window_quality', 'failed_result', 'auto_calibrate', 'write_result',
+           'write_atomically', 'report_html', 'JobRun', 'job_notebook', 'new_folder', 'run_notebook', 'os_words',
+           'AutoCalibration', 'record_run', 'history_place', 'says_failed', 'run_auto_calibrate', 'job_summary',
+           'replace_yaml_surface', 'replace_surface', 'calibrate_config', 'surface_for_use']
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #e30f95cb
+MAX_LOOKBACK_DAYS = 10_000
+
+
 def _data_root() -> str:
     return get_settings().data_root
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #4bcc2506
-class AutoCalibrateParameters(ConfigPart):
+class AutoCalibrateParameters(JobParameters):
     """What `volcal auto-calibrate` takes."""
 
     underlying: Asset = Field("BTC", description="asset: BTC, ETH, SOL_USDC")
     dte_min: float = Field(3, ge=0, description="first day to expiry, inclusive")
     dte_max: float = Field(10, ge=0, description="last day to expiry, inclusive")
-    lookback_days: float = Field(14, gt=0, description="length of the window that ends at as_of, days")
+    lookback_days: float = Field(14, gt=0, le=MAX_LOOKBACK_DAYS, description="length of the window that ends at as_of, days")
     max_samples: int = Field(5000, ge=0, description="most options of the whole window, spread evenly over its snapshots; 0 = all")
     data_dir: str = Field(default_factory=_data_root, min_length=1, description="root of the harvest: a path or an fsspec URL")
     as_of: UtcTime | None = Field(None, description="end of the window, UTC; none = now")
@@ -69,11 +75,16 @@ class AutoCalibrateParameters(ConfigPart):
     snapshot_step: int = Field(1, ge=1, description="keep every N-th snapshot in time order")
     max_snapshots: int = Field(0, ge=0, description="then thin evenly to at most this many; 0 = all")
     price_history: str | None = Field(None, description="Parquet file of candles for realized vol; none = as the harvest offers")
+    vol_surface: dict[str, Any] | None = Field(None, description="surface to judge; none = realized vol x 1 with the template's skew")
+    surface_source: str = Field("configured", description="where that surface comes from, in words")
+    workers: int = Field(1, ge=0, description="processes of this machine that compute days; 0 = one per core")
+    cluster: str | None = Field(None, description="address of a dask scheduler whose workers compute days, instead")
+    cache: str | None = Field(None, description="where finished days are kept: a folder or an fsspec URL; none = nowhere")
 
-    @field_validator("as_of", "price_history", mode="before")
+    @field_validator("vol_surface", mode="before")
     @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return None if value == "" else value
+    def _surface_of_text(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) and value else value
 
     @model_validator(mode="after")
     def _range(self) -> AutoCalibrateParameters:
@@ -82,7 +93,11 @@ class AutoCalibrateParameters(ConfigPart):
         return self
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #ef1d960e
-JOBS: dict[str, type[ConfigPart]] = {"auto_calibrate": AutoCalibrateParameters}
+JOBS = {  # packaged notebooks, and what each takes; imported when asked for
+    "auto_calibrate": "volcal.ops.jobs:AutoCalibrateParameters",
+    "build_regimes": "volcal.universe.regime_builder:BuildRegimesParameters",
+    "realism_check": "volcal.universe.realism:RealismParameters",
+}
 
 
 def job_parameters(
@@ -92,13 +107,17 @@ def job_parameters(
     """Validated parameters. Raises `ConfigError` for an unknown job or name, with the nearest known one, and for a wrong value."""
     if job not in JOBS:
         raise ConfigError(f"there is no job {job!r}, so nothing was run; {nearest_key(job, list(JOBS))}")
-    return JOBS[job](**given)
+    return pkgutil.resolve_name(JOBS[job])(**given)
 
 
 def plain_parameters(parameters: ConfigPart) -> dict[str, Any]:
     """The same as values that a notebook's parameters cell can hold."""
-    values = parameters.model_dump(mode="json")
-    return {k: ",".join(v) if isinstance(v, list) else "" if v is None else v for k, v in values.items()}
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return json.dumps(value, sort_keys=True)
+        return ",".join(value) if isinstance(value, list) else "" if value is None else value
+
+    return {name: plain(value) for name, value in parameters.model_dump(mode="json").items()}
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #d561b0a1
 def spread_samples(
@@ -145,6 +164,7 @@ def job_config(parameters: AutoCalibrateParameters) -> CalibrationConfig:
         max_dte=parameters.dte_max,
         max_samples=per_snapshot,
         source="harvested",
+        vol_surface=parameters.vol_surface,
         option_types=parameters.option_types,
         bands=True,
         bucket_by_dte=True,
@@ -163,13 +183,42 @@ def job_config(parameters: AutoCalibrateParameters) -> CalibrationConfig:
     )
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #e23388b2
-_WHERE_AND_WHEN = {"as_of", "data_dir", "price_history"}
+_NOT_THE_RECIPE = {"as_of", "data_dir", "price_history", "workers", "cluster", "cache", "vol_surface", "surface_source"}
 
 
 def job_hash(parameters: ConfigPart) -> str:  # 16 hex digits
-    """A name for what a job does, whatever the window's end and the place of the data."""
-    content = {k: v for k, v in parameters.model_dump(mode="json").items() if k not in _WHERE_AND_WHEN}
+    """A name for what a job does, whatever the window's end, the place of the data and the surface that it judges."""
+    content = {k: v for k, v in parameters.model_dump(mode="json").items() if k not in _NOT_THE_RECIPE}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../../nbs/50_ops/52_jobs.ipynb #a11d78cd
+def _not_comparable(surface: dict[str, Any], config: CalibrationConfig) -> str:
+    """Why a surface cannot be judged on what a config measures; empty where it can."""
+    other = CalibrationConfig(underlying=config.underlying, vol_surface=surface)
+    if other.rv_window_days != config.rv_window_days:
+        return f"rests on {other.rv_window_days:g}-day realized vol, this job on {config.rv_window_days:g}-day"
+    return "" if other.skew == config.skew else "has its skew on other days than this job"
+
+# %% ../../nbs/50_ops/52_jobs.ipynb #28aacf6e
+def with_surface_in_use(
+    parameters: AutoCalibrateParameters,
+    db: str | None = None,  # database URL; default: the settings'
+) -> AutoCalibrateParameters:
+    """Judge the applied surface, where there is one and no other is asked for."""
+    from volcal.ops.policy import current_applied
+
+    if parameters.vol_surface is not None:
+        return parameters
+    try:
+        state = current_applied(parameters.underlying, db)
+    except HistoryError as error:
+        return parameters.model_copy(update={"surface_source": f"configured; what is applied cannot be read ({error})"})
+    if state is None or state.surface is None:
+        return parameters
+    told = f"applied {state.at:%Y-%m-%d %H:%M} UTC" + ("" if state.run_id is None else f", run {state.run_id}")
+    why = _not_comparable(state.surface, CalibrationConfig(underlying=parameters.underlying))
+    found = {"surface_source": f"configured; the surface {told} {why}"} if why else {"vol_surface": state.surface, "surface_source": told}
+    return parameters.model_copy(update=found)
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #bb2e9156
 def window_quality(
@@ -189,6 +238,8 @@ def window_quality(
 
     store = Store(find_data_dir(data_dir))
     refs = store.find(underlying, start, end)
+    if not refs and start is None and end is None:
+        raise NoUsableDataError(f"{underlying} has a folder in {data_dir} but no snapshot, so there is nothing to judge; harvest into it")
     days = list(group_by_day(refs).values())
     parts, failures = [], []
     for number, day in enumerate(days, start=1):
@@ -198,7 +249,7 @@ def window_quality(
             parts.append(normalize_chain(batch.frame, quote_iv=False, asset=underlying).snapshots)
         if progress is not None:
             progress(number, len(days))
-    first, last = (refs[0].time, refs[-1].time) if refs else (start, end)
+    first, last = (refs[0].time, refs[-1].time) if refs else (start or end, end or start)
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     end = last if end is None else end
     return assess_window(frame, failures, first if start is None else start, end, as_of=end if as_of is None else as_of)
@@ -227,6 +278,7 @@ def failed_result(parameters: AutoCalibrateParameters, error: VolcalError, data_
         max_dte=parameters.dte_max,
         option_types_used=parameters.option_types,
         data_quality=data_quality,
+        surface_source=parameters.surface_source,
         status="failed",
         reason=str(error),
     )
@@ -237,6 +289,7 @@ def auto_calibrate(
     progress: Callable[[int, int], None] | None = None,  # told (days done, days)
 ) -> CalibrationResult:  # judged
     """Calibrate the window and judge it. Without usable data the result is failed and says why."""
+    from volcal.calibration.executors import open_executor
     from volcal.calibration.guardrails import assess_job
     from volcal.calibration.historical import run_historical_calibration_from_harvest
 
@@ -244,10 +297,11 @@ def auto_calibrate(
     if chosen.as_of is None:
         chosen = chosen.model_copy(update={"as_of": job_window(chosen)[1]})
     try:
-        result = run_historical_calibration_from_harvest(job_config(chosen), progress=progress)
+        with open_executor(chosen.workers, chosen.cluster) as executor:
+            result = run_historical_calibration_from_harvest(job_config(chosen), executor, progress, chosen.cache)
     except (NoUsableDataError, StoreError, SchemaError) as error:
         return failed_result(chosen, error, _quality_or_error(chosen, error))
-    return result.with_verdict(*assess_job(result))
+    return result.model_copy(update={"surface_source": chosen.surface_source}).with_verdict(*assess_job(result))
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #2164a13c
 def write_result(
@@ -372,7 +426,7 @@ def _execute(source: Path, output: Path, parameters: dict[str, Any]) -> str:
             extra_arguments=["--log-level=CRITICAL"],
         )
     except PapermillExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
+        return error.evalue if hasattr(units, error.ename) else f"{error.ename}: {error.evalue}"  # a domain error is a sentence already
     except Exception as error:  # a kernel that died, or never came up
         return f"{type(error).__name__}: {error}"
     return ""
@@ -424,6 +478,26 @@ def _version() -> str:
 
     return __version__
 
+# %% ../../nbs/50_ops/52_jobs.ipynb #0091167c
+_OS_WORDS: dict[type[OSError], str] = {
+    NotADirectoryError: "a file stands where a folder is expected",
+    FileExistsError: "a file stands where a folder is expected",
+    IsADirectoryError: "a folder stands where a file is expected",
+    PermissionError: "this user may not",
+    FileNotFoundError: "it is not there",
+}
+
+
+def os_words(error: Exception) -> str:
+    """An error in words: what the operating system refused, and where; a domain error as it is."""
+    if not isinstance(error, OSError) or not (error.filename or error.strerror):
+        return str(error)
+    why = next((words for kind, words in _OS_WORDS.items() if isinstance(error, kind)), (error.strerror or str(error)).lower())
+    place = error.filename2 or error.filename
+    if not place:
+        return f"the system refused ({why}), so nothing more was done; check that the place can be reached"
+    return f"{place} cannot be used ({why}), so nothing more was done; name another place"
+
 # %% ../../nbs/50_ops/52_jobs.ipynb #8587c6dc
 @dataclass(frozen=True)
 class AutoCalibration:
@@ -435,6 +509,7 @@ class AutoCalibration:
     page: Path | None = None
     history_id: int | None = None
     problems: list[str] = field(default_factory=list)  # what the job could not do; none = it did everything
+    history: str = ""  # the database of the row, without password
 
     @property
     def exit_code(self) -> int:
@@ -464,7 +539,19 @@ def record_run(
     return insert_calibration_history(entry.model_copy(update={"config_hash": job_hash(parameters)}), db)
 
 
-def _says_failed(result: Path) -> bool:
+def history_place(
+    db: str | None = None,  # database URL; default: the settings'
+) -> str:
+    """A history in words, without password. Raises `HistoryError` for what is no URL."""
+    from volcal.ops.history import _place, history_url
+
+    return _place(history_url(db))
+
+
+def says_failed(
+    result: Path,  # what a job left, or did not
+) -> bool:
+    """Whether a result file is missing or says failed."""
     return not result.is_file() or json.loads(result.read_text(encoding="utf-8")).get("status") not in ("ok", "degraded")
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #0f1ef1f3
@@ -477,9 +564,11 @@ def run_auto_calibrate(
 ) -> AutoCalibration:
     """Run the job notebook, keep its evidence, record it."""
     chosen = parameters if isinstance(parameters, AutoCalibrateParameters) else AutoCalibrateParameters(**parameters)
+    place = history_place(db)
     chosen = chosen.model_copy(update={"as_of": job_window(chosen)[1], "data_dir": find_data_dir(chosen.data_dir)})
+    chosen = with_surface_in_use(chosen, db)
     base = Path(report_dir or get_settings().report_dir) / chosen.underlying
-    run = run_notebook("auto_calibrate", chosen, base, f"{chosen.underlying} calibration", source, _says_failed)
+    run = run_notebook("auto_calibrate", chosen, base, f"{chosen.underlying} calibration", source, says_failed)
     problems = [f"the report notebook crashed ({run.error}); its evidence is in {run.folder}"] if run.error else []
     result = (
         failed_result(chosen, JobError(f"the job crashed: {run.error}"))
@@ -493,7 +582,7 @@ def run_auto_calibrate(
         except HistoryError as error:
             problems.append(f"the run was not recorded in the history: {error}; the report is kept in {run.folder}")
     log.info("job auto_calibrate underlying=%s status=%s report=%s history_id=%s", chosen.underlying, result.status, run.folder, number)
-    return AutoCalibration(chosen, result, run.folder, run.page, number, problems)
+    return AutoCalibration(chosen, result, run.folder, run.page, number, problems, place if number else "")
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #f054be57
 def _line(name: str, value: str) -> str:
@@ -504,42 +593,58 @@ def _figure(value: float | None, digits: int = 3, unit: str = "") -> str:
     return "-" if value is None else f"{value:.{digits}f}{unit}"
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #4e7b2a25
+def _base_line(result: CalibrationResult) -> str:
+    """The volatility that multipliers multiply, and where it comes from."""
+    if result.rv_annualized is None:
+        return _line("realized vol", "-")
+    stderr = "" if result.rv_stderr is None else f", std. error {result.rv_stderr:.0%}"
+    if (result.rv_source or "").startswith("default"):
+        return _line("realized vol", f"not trusted; {result.rv_source} serves")
+    return _line("realized vol", f"{result.rv_annualized * 100:.1f} % from {(result.rv_source or '-').replace('_', ' ')}{stderr}")
+
+
+def _skew_line(result: CalibrationResult) -> str:
+    """The largest difference between the fitted skew and the judged one."""
+    diffs = {k: v for k, v in (result.skew_misfit.anchor_diffs if result.skew_misfit else {}).items() if v is not None}
+    worst = max(diffs, key=lambda name: abs(diffs[name])) if diffs else None
+    return _line("skew misfit", "-" if worst is None else f"{abs(diffs[worst]):.3f}, largest at {worst} ({diffs[worst]:+.3f})")
+
+# %% ../../nbs/50_ops/52_jobs.ipynb #f8f61058
+def _level_lines(result: CalibrationResult) -> list[str]:
+    """Multipliers and errors, of the headline and of each band."""
+    from volcal.calibration.guardrails import judged_metrics
+
+    now = result.global_metrics.vega_weighted_mae_pct if result.global_metrics else None
+    after = judged_metrics(result).vega_weighted_mae_pct
+    bands = [
+        _line(f"  {b.name}", f"{_figure(b.recommended_iv_multiplier)}   vega-weighted MAE now {_figure(b.vega_weighted_mae_pct, 1, ' %')}, "
+              f"{b.count:,} options")
+        for b in result.bands
+    ]
+    return [
+        _line("multiplier", f"{_figure(result.recommended_iv_multiplier)} (now {_figure(result.iv_multiplier)})"),
+        _line("vega-weighted MAE", f"{_figure(after, 1, ' %')} (now {_figure(now, 1, ' %')})"),
+        *bands,
+    ]
+
+# %% ../../nbs/50_ops/52_jobs.ipynb #c66f02f6
 def job_summary(run: AutoCalibration) -> str:
     """What the job found, in lines for a terminal or a mail."""
     from volcal.calibration.guardrails import judged_metrics
 
-    p, r, metrics = run.parameters, run.result, judged_metrics(run.result)
-    diffs = {k: v for k, v in (r.skew_misfit.anchor_diffs if r.skew_misfit else {}).items() if v is not None}
-    worst = max(diffs, key=lambda name: abs(diffs[name])) if diffs else None
+    p, r = run.parameters, run.result
+    row = f"{run.history_id} in {run.history}" if run.history else str(run.history_id or "not written")
     lines = [
         _line("underlying", f"{r.underlying}, {'/'.join(p.option_types)}, {p.dte_min:g} to {p.dte_max:g} days"),
         _line("lookback", f"{p.lookback_days:g} days to {job_window(p)[1]:%Y-%m-%d %H:%M} UTC"),
-        _line("samples", f"{metrics.count:,} of {r.snapshot_count or 0:,} snapshots"),
-        _line("multiplier", f"{_figure(r.recommended_iv_multiplier)} (now {_figure(r.iv_multiplier)})"),
-        _line(
-            "vega-weighted MAE",
-            f"{_figure(metrics.vega_weighted_mae_pct, 1, ' %')} (now "
-            f"{_figure(r.global_metrics.vega_weighted_mae_pct if r.global_metrics else None, 1, ' %')})",
-        ),
-    ]
-    lines += [
-        _line(
-            f"  {b.name}",
-            f"{_figure(b.recommended_iv_multiplier)}   vega-weighted MAE now {_figure(b.vega_weighted_mae_pct, 1, ' %')}, {b.count:,} "
-            "options",
-        )
-        for b in r.bands
-    ]
-    lines += [
-        _line(
-            "skew misfit",
-            f"{_figure(r.skew_misfit.max_abs_diff)}, largest at {worst} ({diffs[worst]:+.3f})" if r.skew_misfit and worst else "-",
-        )
-    ]
-    lines += [
+        _line("samples", f"{judged_metrics(r).count:,} of {r.snapshot_count or 0:,} snapshots"),
+        _base_line(r),
+        _line("judged surface", p.surface_source),
+        *_level_lines(r),
+        _skew_line(r),
         _line("status", (r.status or "failed").upper()),
         _line("reason", r.reason or "-"),
-        _line("history row", str(run.history_id or "not written")),
+        _line("history row", row),
         _line("report", str(run.page or run.report or "not written")),
     ]
     return "\n".join(lines + (["", FAILED_WARNING] if r.status == "failed" else []))
@@ -606,13 +711,19 @@ def replace_surface(
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #ca349dbc
 def calibrate_config(
-    config: CalibrationConfig | dict[str, Any] | str | Path, progress: Callable[[int, int], None] | None = None
+    config: CalibrationConfig | dict[str, Any] | str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 1,  # harvested: processes that compute days
+    cluster: str | None = None,  # harvested: a dask scheduler, instead
+    cache: str | None = None,  # harvested: where finished days are kept
 ) -> CalibrationResult:  # judged
     """Run the calibration of a config, live or harvested, and judge it as the job does."""
+    from volcal.calibration.executors import open_executor
     from volcal.calibration.guardrails import assess_job
     from volcal.calibration.live import run_calibration
 
-    result = run_calibration(load_config(config), progress=progress)
+    with open_executor(workers, cluster) as executor:
+        result = run_calibration(load_config(config), progress=progress, executor=executor, cache=cache)
     return result.with_verdict(*assess_job(result))
 
 # %% ../../nbs/50_ops/52_jobs.ipynb #be6bb488

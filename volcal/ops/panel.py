@@ -18,6 +18,14 @@ from typing import Any
 
 import ipywidgets as widgets
 
+# %% auto #0
+__all__ = ['log', 'PANEL_CSS', 'Column', 'HISTORY_COLUMNS', 'SKEW_FITS', 'SKEW_OFF', 'EXPLANATION', 'SOURCES', 'Progress',
+           'PARTS', 'chip', 'note', 'card', 'table_html', 'picture_html', 'history_line', 'history_html',
+           'multipliers_html', 'overview_html', 'decision_html', 'applied_html', 'multiplier_figure', 'skew_verdict',
+           'coverage_html', 'result_of', 'explanation_html', 'Places', 'default_data_dir', 'run_harvest',
+           'run_exchange', 'rows_figure', 'pictures', 'CalibrationPanel']
+
+# %% ../../nbs/50_ops/54_panel.ipynb #34a6cc4c
 from ..calibration.guardrails import assess_job
 from ..calibration.result import CalibrationResult, result_from_json
 from ..market.store import Store
@@ -32,6 +40,7 @@ from volcal.ops.jobs import (
     new_folder,
     record_run,
     run_auto_calibrate,
+    with_surface_in_use,
     write_result,
 )
 from volcal.ops.policy import (
@@ -40,13 +49,13 @@ from volcal.ops.policy import (
     PolicyDecision,
     apply_run,
     current_applied,
+    daily_runs,
     decision_on,
     ewma,
     list_applied,
     multipliers_in_force,
     policy_thresholds,
     revert_applied,
-    runs_to_smooth,
     use_latest,
 )
 from .report import Block, Picture, html_table, moment, shown
@@ -54,13 +63,6 @@ from .schedule import sweep_interrupted, underlying_lock
 from ..plots import MARKET, RECOMMENDED, SYNTHETIC, figure
 from ..settings import get_settings
 from ..units import HistoryError, VolcalError
-
-# %% auto #0
-__all__ = ['log', 'PANEL_CSS', 'HISTORY_COLUMNS', 'SKEW_FITS', 'SKEW_OFF', 'EXPLANATION', 'SOURCES', 'Progress', 'PARTS', 'chip',
-           'note', 'card', 'picture_html', 'history_line_html', 'history_html', 'multipliers_html', 'overview_html',
-           'decision_html', 'applied_html', 'multiplier_figure', 'skew_verdict', 'coverage_html', 'result_of',
-           'explanation_html', 'Places', 'default_data_dir', 'run_harvest', 'run_exchange', 'rows_figure', 'pictures',
-           'CalibrationPanel']
 
 # %% ../../nbs/50_ops/54_panel.ipynb #ee0f395e
 log = logging.getLogger("volcal.panel")
@@ -90,22 +92,38 @@ PANEL_CSS = report.REPORT_CSS + _CARDS_CSS + """
 .vcp .widget-tab-contents{padding:10px 4px!important;overflow-x:auto!important}
 .vcp-two{display:flex!important;flex-flow:row wrap!important;gap:4px 36px;overflow:visible!important}
 .vcp-two>.jupyter-widgets{flex:1 1 400px!important;min-width:0!important;overflow:visible!important}
-@media(max-width:700px){.vcp .vc-left,.vcp .vc-wrap{white-space:normal;overflow-wrap:anywhere}.vcp td.vc-wrap{min-width:150px}
-.vcp .widget-tab-contents img{min-width:680px;max-width:none}}
-body[data-voila] .jp-MarkdownOutput{display:none}
+.vcp-two>.jupyter-widgets>*{max-width:100%}
+body[data-voila] #rendered_cells{background:#f3f5f7;padding:0!important}body[data-voila] .jp-MarkdownOutput{display:none}
+body[data-voila] .jp-CodeCell{padding:0}body[data-voila] .jp-Cell-outputWrapper{margin:0}
 .vcp-row{display:flex!important;flex-flow:row wrap!important;gap:6px 10px;align-items:center;overflow:visible!important;margin-top:8px}
 .vcp .jupyter-button{border-radius:6px;height:34px;line-height:34px;width:auto;padding:0 16px;font-weight:600;box-shadow:none!important}
 .vcp .jupyter-button.mod-primary{background:#0b5c99;color:#fff}.vcp .jupyter-button:disabled{opacity:.45}
 .vcp .widget-hprogress,.vcp .progress{border-radius:6px}
 .vcp-note{border-radius:6px;padding:7px 12px;margin:8px 0 0;font-size:13.5px;background:#eef2f6;border-left:4px solid #8895a3}
 .vcp-note.ok{background:#e8f4ef;border-color:#0B6E4F}.vcp-note.degraded{background:#fdf2e3;border-color:#A85B00}.vcp-note.failed{background:#fbeaeb;border-color:#A3242B}
-.vcp tr.vcp-dim td{color:#5f6b78;background:#fafbfc}.vcp tr.vcp-dim .vc-chip{opacity:.85}
-.vcp .vc-table td .vc-chip{font-size:11px;padding:1px 7px}.vcp td.vc-wrap{min-width:220px}
-.vcp .vc-tiles{margin:4px 0 0}.vcp .vc-tile{padding:9px 13px}
+.vcp .vc-table th,.vcp .vc-table td{padding:5px 8px}.vcp .vc-table td:first-child,.vcp .vc-table th:first-child{padding-left:4px}
+.vcp .vcp-table thead th,.vcp .vcp-short thead th,.vcp-two thead th{white-space:nowrap}.vcp .vc-table td .vc-chip{font-size:11px;padding:1px 7px}
+.vcp .vc-table td.vc-wrap{min-width:220px;overflow-wrap:anywhere}
+.vcp-table{width:100%}.vcp-table td.vc-wrap{width:46%}
+.vcp tr.vcp-dim td{color:#5f6b78;background:#fafbfc}.vcp tr.vcp-dim .vc-chip{opacity:.85}.vcp tr.vcp-now td{background:#eef5fb}
+.vcp .vc-tiles{margin:4px 0 0;grid-template-columns:repeat(auto-fit,minmax(200px,1fr))}.vcp .vc-tile{padding:9px 13px}
 .vcp img{max-width:100%;height:auto;display:block}
 .vcp .vcp-src{display:inline-block;border:1px solid #8895a3;border-radius:10px;padding:0 8px;font-size:12px;color:#3b4754}
 .vcp .vcp-src.override{border-color:#A85B00;color:#A85B00}.vcp .vcp-src.applied{border-color:#0B6E4F;color:#0B6E4F}
 .vcp details>summary{cursor:pointer;color:#0b5c99}
+"""
+
+# %% ../../nbs/50_ops/54_panel.ipynb #73ba73aa
+PANEL_CSS += """
+@media(max-width:760px){
+.vcp .vc-left{white-space:normal}.vcp .vc-table td.vc-wrap{min-width:150px}
+.vcp .widget-tab-contents img{min-width:680px;max-width:none}
+.vcp-table thead{display:none}.vcp-table,.vcp-table tbody{display:block}
+.vcp-table tr{display:grid;grid-template-columns:repeat(4,1fr);gap:6px 10px;padding:10px 8px;border-bottom:1px solid #e6e9ed}
+.vcp .vcp-table td{display:block;padding:0!important;border:0;text-align:left;white-space:normal;background:none}
+.vcp-table td::before{content:attr(data-name);display:block;font-size:11px;color:#5b6673}
+.vcp .vcp-table td.vc-wrap{width:auto;min-width:0;grid-column:1/-1}
+.vcp .vcp-history td.vc-wrap{grid-column:2/-1}.vcp-table tr.vcp-dim{background:#fafbfc}.vcp-table tr.vcp-now{background:#eef5fb}}
 """
 
 # %% ../../nbs/50_ops/54_panel.ipynb #dc7e4936
@@ -116,7 +134,7 @@ def chip(
     colour = report.STATUS_COLOURS.get(status or "", "#5f6b78")
     return f'<span class="vc-chip" style="background:{colour}">{html.escape((status or "no status").upper())}</span>'
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #dd58622a
 def note(
     text: str,
     status: str | None = None,  # ok, degraded, failed: its colour
@@ -124,10 +142,28 @@ def note(
     """A sentence set off from the rest."""
     return f'<div class="vcp-note {status or ""}" role="status">{html.escape(text)}</div>'
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #ded929c5
 def card(title: str, body: str) -> str:
     """A titled piece of the page."""
     return f"<h2>{html.escape(title)}</h2>{body}"
+
+# %% ../../nbs/50_ops/54_panel.ipynb #402ea5d8
+Column = tuple[str, str]  # title; class of its cells: "" numbers, vc-left words, vc-wrap sentences
+
+
+def table_html(
+    columns: Sequence[Column],
+    rows: Sequence[tuple[str, Sequence[str]]],  # class of the row; its cells as HTML
+) -> str:
+    """A table as wide as its card, which folds into small cards on a narrow page."""
+    head = "".join(f'<th class="{kind}">{title}</th>' for title, kind in columns)
+
+    def line(kind: str, cells: Sequence[str]) -> str:
+        inside = "".join(f'<td class="{column}" data-name="{title}">{cell}</td>' for (title, column), cell in zip(columns, cells, strict=True))
+        return f'<tr class="{kind}">{inside}</tr>'
+
+    body = "".join(line(*row) for row in rows)
+    return f'<div class="vc-scroll"><table class="vc-table vcp-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/50_ops/54_panel.ipynb #2dc69b00
 def picture_html(
@@ -140,33 +176,33 @@ def picture_html(
     return f'<img alt="{html.escape(shown.alt, quote=True)}" width="{shown.width}" src="data:image/png;base64,{image}">'
 
 # %% ../../nbs/50_ops/54_panel.ipynb #098cb997
-HISTORY_COLUMNS = ("Run", "Date (UTC)", "DTE range", "Lookback", "Multiplier", "MAE\u00a0%", "vMAE\u00a0%", "Samples", "Status", "Reason")
+HISTORY_COLUMNS: tuple[Column, ...] = (
+    ("Run", ""), ("Date (UTC)", "vc-left"), ("DTE range", ""), ("Lookback", ""), ("Multiplier", ""), ("MAE %", ""), ("vMAE %", ""),
+    ("Samples", ""), ("Status", "vc-left"), ("Reason", "vc-wrap"))
 
 
-def history_line_html(entry: CalibrationHistoryEntry) -> str:
-    """One run as a row."""
+def history_line(entry: CalibrationHistoryEntry) -> tuple[str, list[str]]:
+    """One run as a row; one that must not be used is dimmed."""
     when = f"{entry.created_at:%Y-%m-%d %H:%M}" if entry.created_at else "–"
     cells = [f"{entry.id or '–'}", when, f"{entry.dte_min:g}–{entry.dte_max:g}", shown(entry.lookback_days, 0, " d"), shown(entry.multiplier, 3),
              shown(entry.mae_pct), shown(entry.vega_weighted_mae_pct), f"{entry.num_samples:,}"]
     applied = (entry.details.get("applied") or {}).get("by")
     told = (f"applied by {applied}; " if applied else "applied; " if entry.applied else "") + (entry.reason or "")
-    dim = ' class="vcp-dim"' if entry.status in (None, "failed") else ""
-    plain = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
-    return f'<tr{dim}>{plain}<td>{chip(entry.status)}</td><td class="vc-wrap">{html.escape(told)}</td></tr>'
+    dim = "vcp-dim" if entry.status in (None, "failed") else ""
+    return dim, [*map(html.escape, cells), chip(entry.status), html.escape(told)]
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #dfb0b90d
 def history_html(
     entries: Sequence[CalibrationHistoryEntry],
 ) -> str:
     """The newest runs as a table."""
     if not entries:
         return '<p class="vc-quiet">No run is recorded yet. Run a calibration above, or let <code>volcal auto-calibrate</code> do it.</p>'
-    head = "".join(f'<th{" class=vc-wrap" if name == "Reason" else ""}>{name}</th>' for name in HISTORY_COLUMNS)
-    rows = "".join(map(history_line_html, entries))
-    return f'<div class="vc-scroll"><table class="vc-table vcp-history"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="vcp-history">{table_html(HISTORY_COLUMNS, list(map(history_line, entries)))}</div>'
 
 # %% ../../nbs/50_ops/54_panel.ipynb #24dd0523
 _SOURCE_WORDS = {"override": "runtime override", "applied": "applied surface", "config": "configuration"}
+_SOURCE_CHIPS = {"override": "override", "applied": "applied", "config": "configured"}
 
 
 def multipliers_html(
@@ -174,21 +210,22 @@ def multipliers_html(
 ) -> str:
     """Each range with its multiplier and the three places it could come from."""
     def line(one: MultiplierInForce) -> str:
-        cells = [f"{one.name}, {one.min_dte:g}–{one.max_dte:g} d", f"<b>{shown(one.multiplier, 3)}</b>",
-                 f'<span class="vcp-src {one.source}">{_SOURCE_WORDS[one.source]}</span>',
+        cells = [f"{one.name}, {one.min_dte:g}–{one.max_dte:g}\u00a0d", f"<b>{shown(one.multiplier, 3)}</b>",
+                 f'<span class="vcp-src {one.source}">{_SOURCE_CHIPS[one.source]}</span>',
                  shown(one.override, 3), shown(one.applied, 3), shown(one.configured, 3)]
         return "<tr>" + "".join(f'<td{"" if number else " class=vc-left"}>{text}</td>' for number, text in enumerate(cells)) + "</tr>"
 
-    head = "".join(f"<th>{name}</th>" for name in ("range", "in force", "from", "override", "applied", "configured"))
+    names = ("range", "in force", "from", "override", "applied", "configured")
+    head = "".join(f'<th{"" if number else " class=vc-left"}>{name}</th>' for number, name in enumerate(names))
     body = "".join(map(line, levels))
-    return f'<div class="vc-scroll"><table class="vc-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="vc-scroll vcp-short"><table class="vc-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 # %% ../../nbs/50_ops/54_panel.ipynb #581f237a
 def _tile(label: str, value: str, about: str) -> str:
     return (f'<div class="vc-tile"><div class="vc-label">{html.escape(label)}</div><div class="vc-value">{value}</div>'
             f'<div class="vc-note">{html.escape(about)}</div></div>')
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #4c4e8b54
 def overview_html(
     levels: Sequence[MultiplierInForce],
     latest: CalibrationHistoryEntry | None,
@@ -199,9 +236,10 @@ def overview_html(
     now = levels[0]
     words = {"apply": "would apply", "hold": "holds", "reject": "refuses", None: "–"}
     run_about = "no run of this range yet" if latest is None else f"run {latest.id}, {moment(latest.created_at)}; {latest.num_samples:,} options"
-    run_value = "–" if latest is None else f"{shown(latest.multiplier, 3)} {chip(latest.status)}"
+    run_value = "–" if latest is None else f"{'' if latest.multiplier is None else shown(latest.multiplier, 3)} {chip(latest.status)}"
     kept = "nothing is applied" if state is None or state.surface is None else f"by {state.by}, {moment(state.at)}"
     proposed = f"{shown(decision.multiplier, 3)} after smoothing" if decision and decision.multiplier is not None else "there is nothing to decide on"
+    proposed = "the guardrails do not let this run pass" if decision and decision.action == "reject" else proposed
     tiles = [
         _tile("Multiplier in force", shown(now.multiplier, 3), f"from the {_SOURCE_WORDS[now.source]}"),
         _tile("Latest run", run_value, run_about),
@@ -220,23 +258,25 @@ def decision_html(
     limits = decision.thresholds
     colour = {"apply": "ok", "hold": "degraded", "reject": "failed"}[decision.action]
     told = note(("would apply: " if decision.action == "apply" else "") + decision.reason, colour)
-    checks = [["options", f"{decision.num_samples:,}", f"at least {limits['min_sample_size']:g}"],
-              ["vega / forward", shown(decision.vega_sum, 3), f"at least {limits['min_vega_sum']:g}"]]
-    checks += [[f"change, {one.name}", f"{shown(one.delta, 3, sign=True)} ({shown(one.in_force, 3)} to {shown(one.proposed, 3)}, run {shown(one.run, 3)}, "
-                f"{one.days} day{'s' if one.days != 1 else ''})", f"one of them {limits['min_delta']:g}"] for one in decision.levels]
-    smooth = f"Smoothed by EWMA, alpha {limits['ewma_alpha']:g}, over {limits['smoothing_window_days']:g} days."
-    return told + html_table(["", "found", "needed"], checks, text=(0, 1)) + f'<p class="vc-quiet">{smooth}</p>'
+    rows = [[f"{one.name}, {one.min_dte:g}–{one.max_dte:g}\u00a0d", shown(one.in_force, 3), shown(one.run, 3), shown(one.proposed, 3), f"{one.days}",
+             shown(one.delta, 3, sign=True)] for one in decision.levels]
+    table = html_table(["range", "in force", "this run", "smoothed", "days", "change"], rows) if rows else ""
+    needed = (f"{decision.num_samples:,} options (at least {limits['min_sample_size']:g} are needed), vega / forward {shown(decision.vega_sum, 3)} "
+              f"(at least {limits['min_vega_sum']:g}), one change of {limits['min_delta']:g} or more. Smoothed by EWMA, alpha "
+              f"{limits['ewma_alpha']:g}, over {limits['smoothing_window_days']:g} days.")
+    return f'{told}{table}<p class="vc-quiet">{needed}</p>'
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #cf787719
 def applied_html(
     states: Sequence[AppliedState],  # newest first
 ) -> str:
     """What was applied and taken back."""
     if not states:
         return '<p class="vc-quiet">Nothing was ever applied: the configured surface serves.</p>'
+    columns = (("Change", ""), ("When (UTC)", "vc-left"), ("What", "vc-left"), ("Multiplier", ""), ("Run", ""), ("By", "vc-left"), ("Why", "vc-wrap"))
     rows = [[str(one.id), f"{one.at:%Y-%m-%d %H:%M}", one.action, shown(one.multiplier, 3), "–" if one.run_id is None else str(one.run_id), one.by,
              one.reason or ""] for one in states]
-    return html_table(["change", "when (UTC)", "what", "multiplier", "run", "by", "why"], rows, strong=0, text=(0, 1, 2, 5, 6))
+    return table_html(columns, [("" if number else "vcp-now", [*map(html.escape, row)]) for number, row in enumerate(rows)])
 
 # %% ../../nbs/50_ops/54_panel.ipynb #166222c8
 def _levels(ax: Any, entries: Sequence[CalibrationHistoryEntry]) -> None:
@@ -247,7 +287,7 @@ def _levels(ax: Any, entries: Sequence[CalibrationHistoryEntry]) -> None:
             ax.plot([one.created_at for one in some], [one.multiplier for one in some], mark, ms=5, color=report.STATUS_COLOURS[status],
                     label=f"{status} run")
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #4967b2ef
 def _time_axis(ax: Any, times: Sequence[datetime]) -> None:
     """Dates that can be read, and never less than four days."""
     import matplotlib.dates as mdates
@@ -256,11 +296,10 @@ def _time_axis(ax: Any, times: Sequence[datetime]) -> None:
     ax.set_xlim(times[0] - room, times[-1] + room)
     ax.xaxis.set_major_formatter(mdates.ConciseDateFormatter(ax.xaxis.get_major_locator()))
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #757bc543
 def multiplier_figure(
     entries: Sequence[CalibrationHistoryEntry],  # of one range
     states: Sequence[AppliedState],
-    url: str | None = None,
 ) -> Picture | Block:
     """Runs, their smoothing, and what was applied, through time."""
     usable = sorted((one for one in entries if one.multiplier is not None), key=lambda one: one.created_at or datetime.min.replace(tzinfo=UTC))
@@ -270,7 +309,7 @@ def multiplier_figure(
     good = [one for one in usable if one.status == "ok"]
     if good:
         alpha = policy_thresholds()["ewma_alpha"]
-        smooth = [ewma([x.multiplier for x in runs_to_smooth(one, url) if x.multiplier is not None], alpha)[-1] for one in good]
+        smooth = [ewma([x.multiplier for x in daily_runs(one, good[::-1]) if x.multiplier is not None], alpha)[-1] for one in good]
         ax.plot([one.created_at for one in good], smooth, color=RECOMMENDED, lw=1.4, label="smoothed")
     _levels(ax, usable)
     steps = [(one.at, one.multiplier if one.multiplier is not None else float("nan")) for one in reversed(states)]
@@ -306,12 +345,13 @@ def coverage_html(
     """Types, term bands, skew."""
     kinds = " and ".join({"C": "calls", "P": "puts"}[kind] for kind in result.option_types_used) or "no options"
     told = f"<p>{kinds.capitalize()} of {shown(result.min_dte, 0)} to {shown(result.max_dte, 0)} days; {result.snapshot_count or 0:,} snapshots.</p>"
-    bands = report.bands_table(result).html if result.bands or result.by_option_type else '<p class="vc-quiet">No term band was asked for.</p>'
+    why = "Nothing could be calibrated." if result.status == "failed" else "No term band was asked for."
+    bands = report.bands_table(result).html if result.bands or result.by_option_type else f'<p class="vc-quiet">{why}</p>'
     status, sentence = skew_verdict(result)
     table = report.skew_table(result).html if result.recommended_skew and result.current_skew else ""
     return f"{told}<h3>Term bands and types</h3>{bands}<h3>Skew</h3>{note(sentence, status)}{table}"
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #44a010ac
 def result_of(
     entry: CalibrationHistoryEntry,
 ) -> CalibrationResult:
@@ -327,7 +367,7 @@ def result_of(
                              reason=entry.reason, recommended_iv_multiplier=entry.multiplier, count=entry.num_samples, mae_pct=entry.mae_pct, **kept)
 
 # %% ../../nbs/50_ops/54_panel.ipynb #a448bd78
-EXPLANATION = "".join(f"<tr><td>{chip(status)}</td><td class='vc-wrap'>{text}</td></tr>" for status, text in (
+EXPLANATION = "".join(f"<tr><td class='vc-left'>{chip(status)}</td><td class='vc-wrap'>{text}</td></tr>" for status, text in (
     ("ok", "Data and numbers passed every check. The policy may apply it by itself, once the smoothed change is worth making."),
     ("degraded", "Usable with care: gaps in the data, an unsure realized volatility, few options or large errors; the reason says which. Never applied "
                  "automatically; a person may, and is warned."),
@@ -355,20 +395,20 @@ class Places:
     def reports(self) -> Path:
         return Path(self.report_dir or get_settings().report_dir)
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #83d46925
 def default_data_dir() -> str:
     """The settings' harvest; the sample where there is none."""
     root = get_settings().data_root
     return root if "://" in root or Path(root).is_dir() else find_data_dir(SAMPLE_DIR)
 
-# %% ../../nbs/50_ops/54_panel.ipynb #83d46925
+# %% ../../nbs/50_ops/54_panel.ipynb #50562e85
 def _keep(result: CalibrationResult, reports: Path) -> Path:
     """The result's folder, with its JSON."""
     work = new_folder(reports / result.underlying, datetime.now(UTC))
     write_result(result, work / "auto_calibrate.json")
     return work.rename(work.with_name(work.name.removesuffix(".partial") + (".failed" if result.status == "failed" else "")))
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #828dd45c
 def run_harvest(
     parameters: AutoCalibrateParameters,
     places: Places,
@@ -378,13 +418,14 @@ def run_harvest(
     """Calibrate, keep, record; as the job does, under its lock."""
     with underlying_lock(parameters.underlying, places.reports):
         sweep_interrupted(parameters.underlying, places.reports)
+        parameters = with_surface_in_use(parameters, places.db)
         if full_report:
             return run_auto_calibrate(parameters, places.reports, places.db)
         result = auto_calibrate(parameters, progress)
         kept = _keep(result, places.reports)
     return _recorded(parameters, result, kept, lambda: record_run(result, parameters, kept, places.db))
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #7194a9ad
 def _recorded(parameters: AutoCalibrateParameters, result: CalibrationResult, kept: Path, record: Callable[[], int]) -> AutoCalibration:
     """Record a run; what could not be recorded is told, and the evidence stays."""
     try:
@@ -402,12 +443,13 @@ def run_exchange(
     from volcal.calibration.live import run_calibration
     from volcal.market.replay import ReplayExchange
 
+    parameters = with_surface_in_use(parameters, places.db)
     asked = {"underlying": parameters.underlying, "min_dte": parameters.dte_min, "max_dte": parameters.dte_max, "source": "live", "bands": True,
              "bucket_by_dte": True, "bucket_by_abs_delta": True, "fit_skew": True, "error_ladder": True, "max_samples": parameters.max_samples,
-             "option_types": parameters.option_types}
+             "option_types": parameters.option_types, "vol_surface": parameters.vol_surface}
     with ReplayExchange(find_data_dir(parameters.data_dir), parameters.as_of) if replay else nullcontext() as exchange:
         result = run_calibration(asked, client=exchange.url if exchange else None)
-    result = result.with_verdict(*assess_job(result))
+    result = result.model_copy(update={"surface_source": parameters.surface_source}).with_verdict(*assess_job(result))
     if replay:
         return AutoCalibration(parameters, result)
     kept = _keep(result, places.reports)
@@ -429,6 +471,7 @@ def rows_figure(
         if name in near:
             left.plot(near["strike"], near[name] * 100, style, color=colour, ms=4, label=label)
     left.set(xlabel="strike, USD", ylabel="implied volatility, %", title=f"{near['dte'].iloc[0]:.1f} days to expiry, n = {len(near)}")
+    left.locator_params(axis="x", nbins=5)
     left.legend(fontsize=8.5)
     right.axhline(0, color=MARKET, lw=0.8)
     for name, colour, label in (("pct_error", SYNTHETIC, "now"), ("recommended_pct_error", RECOMMENDED, "recommended")):
@@ -437,7 +480,7 @@ def rows_figure(
     right.set(xlabel="|delta|", ylabel="price error, %", title=f"errors, n = {len(rows)}", ylim=(-60, 60))
     return report.as_picture(fig, f"Implied volatility by strike and price errors by delta of {len(rows)} options, now and as recommended.")
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #9ff9881a
 def pictures(
     result: CalibrationResult,
 ) -> dict[str, str]:  # title to HTML
@@ -466,7 +509,7 @@ def _newest(data_dir: str, asset: str) -> datetime | None:
         return None
     return found[-1].time.to_pydatetime() if found else None
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #720b1f04
 def _assets(data_dir: str, db: str | None) -> list[str]:
     """Assets of the harvest and of the history; BTC and ETH at least."""
     known = {"BTC": None, "ETH": None}
@@ -477,7 +520,7 @@ def _assets(data_dir: str, db: str | None) -> list[str]:
         log.warning("assets not listed: %s", error)
     return list(known)
 
-# %% ../../nbs/50_ops/54_panel.ipynb #720b1f04
+# %% ../../nbs/50_ops/54_panel.ipynb #bc1b4f9d
 def _form(assets: list[str], underlying: str) -> dict[str, Any]:
     """The fields of a run."""
     def number(label: str, value: float, step: float = 1) -> Any:
@@ -493,17 +536,17 @@ def _form(assets: list[str], underlying: str) -> dict[str, Any]:
         "max_samples": widgets.BoundedIntText(value=5000, min=0, max=10_000_000, step=500, description="Most options (0 = all)"),
     }
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #60a85746
 def _box(kind: Any, children: Sequence[Any], *classes: str) -> Any:
     box = kind(list(children))
     for name in classes:
         box.add_class(name)
     return box
 
-# %% ../../nbs/50_ops/54_panel.ipynb #bc1b4f9d
-PARTS = ("overview", "coverage", "health", "policy", "multipliers", "applied", "history", "run_note", "use_note")
+# %% ../../nbs/50_ops/54_panel.ipynb #269e3efd
+PARTS = ("overview", "coverage", "health", "policy", "chart", "multipliers", "applied", "history", "run_note", "use_note")
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #96c37b8d
 class CalibrationPanel(widgets.VBox):
     """The panel: shown by a notebook, served by Voilà."""
 
@@ -535,21 +578,26 @@ class CalibrationPanel(widgets.VBox):
         action: bool = True,  # a button's: the buttons wait for its end
     ) -> None:
         """Do one thing after the other, in a thread unless the panel is told to wait; of two actions at once the second is dropped."""
-        if action and not self._busy.acquire(blocking=False):
-            return
-        if action:
-            _enable(self, False)
+        _in_turn(self, task, action)
 
-        def guarded() -> None:
-            try:
-                with self._turn:
-                    _told(self, "run_note", task)
-            finally:
-                if action:
-                    self._busy.release()
-                    _enable(self, True)
+# %% ../../nbs/50_ops/54_panel.ipynb #99a3f75b
+def _in_turn(panel: CalibrationPanel, task: Callable[[], None], action: bool) -> None:
+    """`CalibrationPanel.work`."""
+    if action and not panel._busy.acquire(blocking=False):
+        return
+    if action:
+        _enable(panel, False)
 
-        threading.Thread(target=guarded, daemon=True).start() if self.background else guarded()
+    def guarded() -> None:
+        try:
+            with panel._turn:
+                _told(panel, "run_note", task)
+        finally:
+            if action:
+                panel._busy.release()
+                _enable(panel, True)
+
+    threading.Thread(target=guarded, daemon=True).start() if panel.background else guarded()
 
 # %% ../../nbs/50_ops/54_panel.ipynb #0e2aba95
 def _told(panel: CalibrationPanel, place: str, task: Callable[[], None]) -> None:
@@ -573,7 +621,7 @@ def _lay_out(panel: CalibrationPanel) -> None:
     make = {"run": ("Run calibration", "play", "primary"), "use": ("Use Latest Recommended Multiplier", "check", "primary"),
             "apply": ("Apply by policy", "gavel", ""), "revert": ("Revert", "undo", ""), "refresh": ("Refresh", "refresh", "")}
     panel.buttons = {name: widgets.Button(description=text, icon=icon, button_style=style) for name, (text, icon, style) in make.items()}
-    panel.progress = widgets.IntProgress(min=0, max=1, value=0, layout={"width": "220px", "visibility": "hidden"})
+    panel.progress = widgets.IntProgress(min=0, max=1, value=0, layout={"width": "220px", "display": "none"})
     panel.full_report = widgets.Checkbox(value=False, description="with the report notebook", indent=False, layout={"width": "auto"})
     keep = [("for this session", False), ("until reverted", True)]
     panel.keep = widgets.ToggleButtons(options=keep, style={"button_width": "136px"}, layout={"width": "auto"})
@@ -605,7 +653,7 @@ def _cards(panel: CalibrationPanel) -> list[Any]:
               row(buttons["run"], panel.full_report, panel.progress), parts["run_note"]),
         piece("Multiplier in use", parts["multipliers"], row(buttons["use"], panel.keep), parts["use_note"]),
         piece("Policy and applied multipliers", _box(widgets.HBox, [
-            widgets.VBox([parts["policy"], row(buttons["apply"], buttons["revert"])]), parts["applied"]], "vcp-two"), wide=True),
+            widgets.VBox([parts["policy"], row(buttons["apply"], buttons["revert"])]), parts["chart"]], "vcp-two"), parts["applied"], wide=True),
         piece("Coverage of the latest run", parts["coverage"], wide=True),
         piece("Smiles and errors", panel.tabs, wide=True),
         piece("Data health and reproducibility", parts["health"], wide=True),
@@ -617,7 +665,7 @@ def _cards(panel: CalibrationPanel) -> list[Any]:
 def _range(panel: CalibrationPanel) -> tuple[str, float, float]:
     return panel.fields["underlying"].value, panel.fields["dte_min"].value, panel.fields["dte_max"].value
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #9c7c544d
 def _refresh(panel: CalibrationPanel) -> None:
     """Fill every card from the history."""
     asset, low, high = _range(panel)
@@ -628,13 +676,14 @@ def _refresh(panel: CalibrationPanel) -> None:
     decision = None if latest is None else decision_on(latest, url=db)
     levels = multipliers_in_force(asset, low, high, url=db)
     parts["overview"].value = overview_html(levels, latest, decision, current_applied(asset, db))
-    parts["multipliers"].value = multipliers_html(levels) + picture_html(multiplier_figure(of_range, list_applied(asset, 60, db), db))
+    parts["multipliers"].value = multipliers_html(levels)
+    parts["chart"].value = "<h3>Through time</h3>" + picture_html(multiplier_figure(of_range, list_applied(asset, 60, db)))
     parts["policy"].value = decision_html(decision)
     parts["applied"].value = "<h3>What was applied</h3>" + applied_html(states)
     parts["history"].value = history_html(entries)
     _show_result(panel, None if latest is None else result_of(latest))
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #ee79ee3f
 def _show_result(panel: CalibrationPanel, result: CalibrationResult | None) -> None:
     """Coverage, health and reproducibility of a run."""
     empty = '<p class="vc-quiet">No run of this range yet.</p>'
@@ -642,7 +691,7 @@ def _show_result(panel: CalibrationPanel, result: CalibrationResult | None) -> N
     made = "" if result is None or result.reproducibility is None else f"<h3>To repeat the run</h3>{report.reproducibility_block(result).html}"
     panel.parts["health"].value = empty if result is None else report.health_block(result).html + made
 
-# %% ../../nbs/50_ops/54_panel.ipynb #9c7c544d
+# %% ../../nbs/50_ops/54_panel.ipynb #e7604f7f
 def _draw(panel: CalibrationPanel, result: CalibrationResult | None) -> None:
     """The pictures of a run; of the latest where none is given."""
     if result is None:
@@ -654,7 +703,7 @@ def _draw(panel: CalibrationPanel, result: CalibrationResult | None) -> None:
     panel.tabs.titles = list(drawn)
     panel.tabs.selected_index = 0
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #9ad4ebfc
 def _set_as_of(panel: CalibrationPanel) -> None:
     """The harvest's end where it is not of today, so that a click finds data."""
     newest = _newest(panel.places.data_dir, panel.fields["underlying"].value)
@@ -680,11 +729,11 @@ def _step(panel: CalibrationPanel, done: int, total: int) -> None:
     panel.progress.max, panel.progress.value = total + 1, done
     panel.parts["run_note"].value = note(f"calibrating: day {done} of {total}" if done < total else "calibrated; fitting, judging and recording")
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #421f7ac8
 def _run(panel: CalibrationPanel) -> None:
     """Run, record, show."""
     source = panel.fields["source"].value
-    panel.progress.value, panel.progress.layout.visibility = 0, "visible"
+    panel.progress.value, panel.progress.layout.display = 0, None
     panel.parts["run_note"].value = note("reading the market")
     try:
         parameters = _parameters(panel)
@@ -694,13 +743,13 @@ def _run(panel: CalibrationPanel) -> None:
             run = run_exchange(parameters, panel.places, source == "replay")
         panel.progress.value = panel.progress.max
     finally:
-        panel.progress.layout.visibility = "hidden"
+        panel.progress.layout.display = "none"
     _refresh(panel)
     _show_result(panel, run.result)
     panel.parts["run_note"].value = _run_sentence(run)
     _draw(panel, run.result)
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #46297e76
 def _run_sentence(run: AutoCalibration) -> str:
     """What came of a run."""
     result, status = run.result, run.result.status
@@ -708,7 +757,7 @@ def _run_sentence(run: AutoCalibration) -> str:
     kept = f"run {run.history_id}" if run.history_id else "practice, not recorded" if not run.problems else "; ".join(run.problems)
     return note(f"{(status or 'failed').upper()}: {level}{kept}. {result.reason or ''}", "failed" if run.problems else status)
 
-# %% ../../nbs/50_ops/54_panel.ipynb #421f7ac8
+# %% ../../nbs/50_ops/54_panel.ipynb #bb31ea7e
 def _use(panel: CalibrationPanel) -> None:
     """Use the latest recommended multiplier, or say why not."""
     def use() -> None:
@@ -717,7 +766,7 @@ def _use(panel: CalibrationPanel) -> None:
     _told(panel, "use_note", use)
     _refresh(panel)
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #ad544711
 def _apply(panel: CalibrationPanel) -> None:
     """Let the policy decide on the latest run, and apply it where it says so."""
     def apply() -> None:
@@ -732,7 +781,7 @@ def _apply(panel: CalibrationPanel) -> None:
     _told(panel, "use_note", apply)
     _refresh(panel)
 
-
+# %% ../../nbs/50_ops/54_panel.ipynb #1bc5f3a1
 def _revert(panel: CalibrationPanel) -> None:
     """Take the last change back."""
     def revert() -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Literal
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import Connection
 
-from ..calibration.guardrails import assess_calibration_realism, require_applicable, worst_status
+from ..calibration.guardrails import _multiplier_breach, assess_calibration_realism, guardrail_thresholds, require_applicable, worst_status
 from volcal.ops.history import (
+    FEW,
     METADATA,
     VERSIONS,
     CalibrationHistoryEntry,
@@ -25,7 +26,6 @@ from volcal.ops.history import (
     find_calibrations,
     get_calibration,
     history_connection,
-    history_url,
     mark_within,
 )
 from ..settings import Settings, get_settings
@@ -34,8 +34,8 @@ from ..vol.overrides import get_iv_multiplier_override, set_iv_multiplier_overri
 from ..vol.surface import VolSurface, set_applied_surface, term_multiplier
 
 # %% auto #0
-__all__ = ['APPLIED_VERSION', 'APPLIED', 'policy_thresholds', 'ewma', 'market_day', 'runs_to_smooth', 'entry_verdict',
-           'LevelChange', 'PolicyDecision', 'level_changes', 'vega_sum_of', 'decide', 'AppliedState',
+__all__ = ['APPLIED_VERSION', 'APPLIED', 'policy_thresholds', 'ewma', 'market_day', 'daily_runs', 'runs_to_smooth',
+           'entry_verdict', 'LevelChange', 'PolicyDecision', 'level_changes', 'vega_sum_of', 'decide', 'AppliedState',
            'NothingToApplyError', 'applied_connection', 'list_applied', 'current_applied', 'surface_to_apply',
            'decision_on', 'apply_run', 'revert_applied', 'load_applied', 'MultiplierInForce', 'multipliers_in_force',
            'UseLatest', 'latest_usable', 'use_latest']
@@ -76,21 +76,34 @@ def market_day(
     return when.astimezone(UTC).date()
 
 # %% ../../nbs/50_ops/51_policy.ipynb #b6d9c358
-def runs_to_smooth(
+def _window_days(window_days: float | None) -> float:
+    return policy_thresholds()["smoothing_window_days"] if window_days is None else window_days
+
+# %% ../../nbs/50_ops/51_policy.ipynb #de6aa419
+def daily_runs(
     entry: CalibrationHistoryEntry,  # the run to decide on; it speaks for its own day
+    found: Sequence[CalibrationHistoryEntry],  # of the same underlying and DTE range, newest first
+    window_days: float | None = None,  # default: the settings'
+) -> list[CalibrationHistoryEntry]:  # one per UTC day, in time order, `entry` last
+    """The last ok run of each day up to this one's, of the same source and recipe."""
+    newest, days = market_day(entry), {}
+    for one in reversed(found):  # oldest first, so that the last of a day stays
+        same = (one.source, one.config_hash) == (entry.source, entry.config_hash) and one.status == "ok" and one.multiplier is not None
+        earlier = entry.id is None or (one.id or 0) <= entry.id
+        if same and earlier and newest - timedelta(days=_window_days(window_days)) < market_day(one) < newest:
+            days[market_day(one)] = one
+    return [days[day] for day in sorted(days)] + [entry]
+
+# %% ../../nbs/50_ops/51_policy.ipynb #c63989c6
+def runs_to_smooth(
+    entry: CalibrationHistoryEntry,  # the run to decide on
     url: str | None = None,  # default: the settings' database_url
     window_days: float | None = None,  # default: the settings'
 ) -> list[CalibrationHistoryEntry]:  # one per UTC day, in time order, `entry` last
-    """The last ok run of each day up to this one's, of the same underlying, source, DTE range and recipe."""
-    window = policy_thresholds()["smoothing_window_days"] if window_days is None else window_days
-    newest, days = market_day(entry), {}
-    found = find_calibrations(entry.underlying, entry.dte_min, entry.dte_max, statuses=("ok",), url=url)
-    for one in reversed(found):  # oldest first, so that the last of a day stays
-        same = (one.source, one.config_hash) == (entry.source, entry.config_hash) and one.multiplier is not None
-        earlier = entry.id is None or (one.id or 0) <= entry.id
-        if same and earlier and newest - timedelta(days=window) < market_day(one) < newest:
-            days[market_day(one)] = one
-    return [days[day] for day in sorted(days)] + [entry]
+    """The runs that a run is smoothed with, from the history; none is recorded before the day that it speaks of."""
+    since = datetime.combine(market_day(entry), time(), UTC) - timedelta(days=_window_days(window_days))
+    found = find_calibrations(entry.underlying, entry.dte_min, entry.dte_max, statuses=("ok",), since=since, url=url)
+    return daily_runs(entry, found, window_days)
 
 # %% ../../nbs/50_ops/51_policy.ipynb #789a445e
 def entry_verdict(
@@ -102,6 +115,11 @@ def entry_verdict(
         return None, "no status was recorded"
     known = (entry.details.get("data_quality") or {}).get("status") or ("ok" if entry.status == "degraded" else entry.status)
     status, reason = assess_calibration_realism(entry.multiplier, entry.mae_pct, entry.vega_weighted_mae_pct, known, settings)
+    limits = guardrail_thresholds(settings)
+    odd = [text for band in entry.details.get("bands") or [] if band.get("recommended_iv_multiplier") is not None
+           for text in _multiplier_breach(f"multiplier of band {band['name']}", band["recommended_iv_multiplier"], limits)]
+    if status == "ok" and odd:
+        status, reason = "degraded", "; ".join(odd)
     worst = worst_status(status, entry.status)
     return worst, reason if worst != entry.status else entry.reason or reason
 
@@ -109,7 +127,7 @@ def entry_verdict(
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #5e06f53c
 class LevelChange(_Part):
     """One multiplier: what the run says, what smoothing makes of it, what is in force."""
 
@@ -187,7 +205,7 @@ def vega_sum_of(entry: CalibrationHistoryEntry) -> float | None:  # sum of vega 
 
 _TINY = 1e-9  # 1.03 - 1.0 reaches 0.03 too
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #739bdaf8
 def _shortfalls(entry: CalibrationHistoryEntry, levels: Sequence[LevelChange], limits: dict[str, float]) -> list[str]:
     """What does not reach its threshold, in words."""
     told, vega = [], vega_sum_of(entry)
@@ -258,10 +276,10 @@ def _applied_table() -> sa.Table:
         sqlite_autoincrement=True,
     )
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #bda28747
 APPLIED = _applied_table()
 
-# %% ../../nbs/50_ops/51_policy.ipynb #bda28747
+# %% ../../nbs/50_ops/51_policy.ipynb #595c8701
 class AppliedState(_Part):
     """What is applied to an underlying since when, by whom, from which run."""
 
@@ -279,14 +297,13 @@ class AppliedState(_Part):
     details: dict[str, Any] = Field(default_factory=dict, description="the decision with its numbers")
     before: int | None = Field(None, description="number of the change that revert goes back to")
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #7df19535
 class NothingToApplyError(VolcalError):
     """A request to apply or take back where there is nothing to."""
 
     code = "nothing_to_apply"
 
-# %% ../../nbs/50_ops/51_policy.ipynb #595c8701
-_READY: set[URL] = set()
+# %% ../../nbs/50_ops/51_policy.ipynb #1032226a
 _FOUND = sa.select(VERSIONS.c.version).where(VERSIONS.c.component == APPLIED.name)
 
 
@@ -298,44 +315,46 @@ def _create(connection: Connection) -> None:
         APPLIED.create(connection, checkfirst=True)
         connection.execute(sa.insert(VERSIONS).values(component=APPLIED.name, version=APPLIED_VERSION))
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #4a40e04e
 @contextmanager
 def applied_connection(
     url: str | None = None,  # default: the settings' database_url
     write: bool = False,
 ) -> Iterator[Connection]:  # a transaction, committed on leaving
-    """A connection to a history that has the table of applied surfaces. Raises `HistoryError` for one of the future."""
-    address = history_url(url)
-    with history_connection(url, write=write or address not in _READY) as connection:
-        if address not in _READY or write:
+    """A connection to a history with the table of applied surfaces; reading creates none. Raises `HistoryError` for one of the future."""
+    with history_connection(url, write) as connection:
+        if write:
             _create(connection)
         found = connection.scalar(_FOUND)
-        if found is None or found > APPLIED_VERSION:
+        if found is not None and found > APPLIED_VERSION:
             raise HistoryError(f"the applied surfaces have schema version {found}, this volcal knows {APPLIED_VERSION}, so they are left "
                                "alone; update volcal")
         yield connection
-    _READY.add(address)
 
 # %% ../../nbs/50_ops/51_policy.ipynb #1832eece
 def _state(row: Any) -> AppliedState | None:
     """A row as a state; None where its surface cannot be used."""
     try:
-        if row["surface"] is not None:
-            VolSurface.model_validate(row["surface"])
+        level = None if row["surface"] is None else VolSurface.model_validate(row["surface"]).iv_multiplier
+        if level != row["multiplier"]:
+            raise ValueError(f"its multiplier is {row['multiplier']}, its surface's {level}")
         return AppliedState(**{**row, "details": row["details"] or {}})
     except (ValidationError, ValueError, TypeError) as error:
         told = " ".join(str(error).split())[:120]
         _LOG.warning("applied surface %s of %s cannot be used, an earlier one serves: %s", row["id"], row["underlying"], told)
         return None
 
-
-def _log(connection: Connection, underlying: str | None, limit: int | None = None) -> list[AppliedState]:
+# %% ../../nbs/50_ops/51_policy.ipynb #bce5f388
+def _log(connection: Connection, underlying: str | None, limit: int | None = None) -> Iterator[AppliedState]:
+    """Usable states, newest first, read as they are asked for."""
+    if connection.scalar(_FOUND) is None:
+        return
     query = sa.select(APPLIED).order_by(APPLIED.c.id.desc()).limit(limit)
     query = query if underlying is None else query.where(APPLIED.c.underlying == underlying.strip().upper())
     states = (_state(dict(row)) for row in connection.execute(query).mappings())
-    return [state for state in states if state is not None]
+    yield from (state for state in states if state is not None)
 
-# %% ../../nbs/50_ops/51_policy.ipynb #bce5f388
+# %% ../../nbs/50_ops/51_policy.ipynb #b5b6c4df
 def list_applied(
     underlying: str | None = None,  # None = all
     limit: int | None = 20,
@@ -345,27 +364,35 @@ def list_applied(
     if _is_new(url):
         return []
     with applied_connection(url) as connection:
-        return _log(connection, underlying, limit)
+        return list(_log(connection, underlying, limit))
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #90c0137b
 def current_applied(
     underlying: str,
     url: str | None = None,
 ) -> AppliedState | None:  # None: nothing was ever applied
     """What is applied to an underlying now: the last good state."""
-    return next(iter(list_applied(underlying, None, url)), None)
+    if _is_new(url):
+        return None
+    with applied_connection(url) as connection:
+        return next(_log(connection, underlying), None)
 
 # %% ../../nbs/50_ops/51_policy.ipynb #8ce812d1
 def surface_to_apply(
     entry: CalibrationHistoryEntry,
     levels: Sequence[LevelChange],
 ) -> VolSurface:
-    """The run's recommended surface with the decided multipliers. A plain row gives a level on the configured surface."""
+    """The run's recommended surface with the decided multipliers; a plain row's level on the configured one. Raises `GuardrailError`."""
     proposed = {one.name: one.proposed for one in levels}
     surface = dict(entry.details.get("recommended_vol_surface") or {})
     surface["iv_multiplier"] = proposed["headline"]
-    surface["dte_bands"] = [{**band, "iv_multiplier": proposed.get(band["name"], band["iv_multiplier"])} for band in surface.get("dte_bands") or []]
-    return VolSurface.model_validate(surface)
+    bands = surface.get("dte_bands") or []
+    try:
+        surface["dte_bands"] = [{**band, "iv_multiplier": proposed.get(band["name"], band["iv_multiplier"])} for band in bands]
+        return VolSurface.model_validate(surface)
+    except (ValidationError, KeyError, TypeError) as error:
+        raise GuardrailError(f"the surface that run {entry.id} recommends cannot be used ({' '.join(str(error).split())[:160]}), so nothing "
+                             "was applied; run the calibration again") from None
 
 # %% ../../nbs/50_ops/51_policy.ipynb #1e041bec
 def _write(connection: Connection, **values: Any) -> AppliedState:
@@ -389,7 +416,7 @@ def _behind(entry: CalibrationHistoryEntry, now: AppliedState | None) -> str | N
         return None
     return f"not applied: the run speaks of {market_day(entry)}, what is applied of {applied_day}, which is newer"
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #251bec29
 def _decide_after(
     runs: Sequence[CalibrationHistoryEntry], now: AppliedState | None, by_hand: bool, force: bool, smooth: bool, settings: Settings | None
 ) -> PolicyDecision:
@@ -399,7 +426,7 @@ def _decide_after(
     why = None if force or decision.action != "apply" else _behind(runs[-1], now)
     return decision if why is None else decision.model_copy(update={"action": "hold", "reason": why})
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #20983039
 def decision_on(
     run: CalibrationHistoryEntry | int,  # a run of the history, or its number
     by_hand: bool = False,  # a person would ask for it
@@ -425,7 +452,7 @@ def apply_run(
     entry = get_calibration(run, url) if isinstance(run, int) else run
     runs = runs_to_smooth(entry, url, policy_thresholds(settings)["smoothing_window_days"])
     with applied_connection(url, write=True) as connection:
-        now = next(iter(_log(connection, entry.underlying)), None)
+        now = next(_log(connection, entry.underlying), None)
         decision = _decide_after(runs, now, by_hand, force, smooth, settings)
         state = _apply(connection, entry, decision, now, by) if decision.action == "apply" else None
     if decision.action == "reject" and by_hand:
@@ -456,7 +483,7 @@ def revert_applied(
     """Go back to what was in force before the last change. Raises `NothingToApplyError` where there was none."""
     asset = underlying.strip().upper()
     with applied_connection(url, write=True) as connection:
-        states = _log(connection, asset)
+        states = list(_log(connection, asset))
         now = states[0] if states else None
         if now is None or (now.surface is None and now.before is None):
             raise NothingToApplyError(f"nothing is applied to {asset}, so there is nothing to take back; the configured surface serves")
@@ -474,9 +501,13 @@ def load_applied(
     underlying: str | None = None,  # None = all
 ) -> dict[str, AppliedState]:  # by underlying
     """Put every applied surface into this process's registry."""
-    newest: dict[str, AppliedState] = {}
-    for state in list_applied(underlying, None, url):
-        newest.setdefault(state.underlying, state)
+    if _is_new(url):
+        return {}
+    with applied_connection(url) as connection:
+        known = connection.scalar(_FOUND) is not None
+        assets = connection.scalars(sa.select(APPLIED.c.underlying).distinct()).all() if known else []
+        asked = [asset for asset in sorted(assets) if underlying is None or asset == underlying.strip().upper()]
+        newest = {asset: state for asset in asked if (state := next(_log(connection, asset), None)) is not None}
     for state in newest.values():
         set_applied_surface(state.underlying, state.surface)
     return newest
@@ -494,7 +525,7 @@ class MultiplierInForce(_Part):
     applied: float | None = Field(description="of the applied surface")
     configured: float = Field(description="of the configured surface")
 
-
+# %% ../../nbs/50_ops/51_policy.ipynb #80468822
 def _range_in_force(asset: str, name: str, low: float, high: float, applied: VolSurface | None, config: VolSurface) -> MultiplierInForce:
     middle = 0.5 * (low + high)
     levels = {"override": get_iv_multiplier_override(asset, middle, middle),
@@ -549,15 +580,18 @@ def latest_usable(
 ) -> tuple[CalibrationHistoryEntry, str | None]:  # the run; a word on newer ones that were passed over
     """The newest run that may be used by hand. Raises `NothingToApplyError` where there is none."""
     asset = underlying.strip().upper()
-    found = find_calibrations(asset, dte_min, dte_max, url=url)
-    usable = next((one for one in found if entry_verdict(one)[0] in ("ok", "degraded")), None)
+    for limit in (FEW, None):
+        found = find_calibrations(asset, dte_min, dte_max, limit=limit, url=url)
+        usable = next((one for one in found if entry_verdict(one)[0] in ("ok", "degraded")), None)
+        if usable is not None or len(found) < FEW:
+            break
     if usable is None:
         verdict = "failed" if found and found[0].status else "has no status"
         what = f"its newest run, {found[0].id}, {verdict} ({found[0].reason or 'no reason'})" if found else "it has no run"
         span = "" if dte_min is None or dte_max is None else f", {dte_min:g} to {dte_max:g} days"
         raise NothingToApplyError(f"nothing to apply to {asset}{span}: {what}; run a calibration of this range first")
     passed = found.index(usable)
-    return usable, f"{passed} newer run{'s' if passed > 1 else ''} failed and {'were' if passed > 1 else 'was'} passed over" if passed else None
+    return usable, f"{passed} newer run{'s' if passed > 1 else ''} that must not be used {'were' if passed > 1 else 'was'} passed over" if passed else None
 
 # %% ../../nbs/50_ops/51_policy.ipynb #f8c2c51e
 def use_latest(

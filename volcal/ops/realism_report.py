@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .report import PAGE_WIDTH, REPORT_CSS, STATUS_COLOURS, Block, Picture, as_picture, html_table, moment, nothing, shown
+from volcal.ops.report import (
+    PAGE_WIDTH, REPORT_CSS, STATUS_COLOURS, Block, Picture, as_picture, html_table, moment, nothing, shown, split_reason,
+)
 from ..plots import BAD, GOOD, MARKET, RECOMMENDED, SYNTHETIC, figure
 from ..universe.judge import Standing
 from ..universe.realism import RealismResult
@@ -33,7 +35,7 @@ def realism_sentence(result: RealismResult) -> str:
 
 def realism_banner(result: RealismResult) -> Block:
     """Status, score, reasons."""
-    colour, reasons = STATUS_COLOURS[result.status], "".join(f"<li>{html.escape(r[:1].upper() + r[1:])}.</li>" for r in result.reason.split("; ") if r)
+    colour, reasons = STATUS_COLOURS[result.status], "".join(f"<li>{html.escape(r[:1].upper() + r[1:])}.</li>" for r in split_reason(result.reason))
     window = f"Window {moment(result.start)} to {moment(result.end)}, {result.snapshots:,} snapshots." if result.start else ""
     return Block(f'<style>{REPORT_CSS}</style><div class="vc-banner" role="status" style="background:{colour};color:#fff"><div class="vc-word">'
                  f'{result.status.upper()}</div><h2 style="color:#fff">{html.escape(result.underlying)}: synthetic against real</h2><p class="vc-lead">'
@@ -57,7 +59,9 @@ def score_figure(result: RealismResult) -> Picture | Block:
         ax.barh(i, side.score, color=colours.get(name, RECOMMENDED), alpha=0.85, height=0.62)
         ax.plot([side.low, side.high], [i, i], color="k", lw=1.2)
         ax.annotate(f"{side.score:.2f}", (side.high, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
-    own = result.model_itself
+    own, drift = result.model_itself, result.market_drift.get("score")
+    if drift is not None:
+        ax.plot([drift], [0], "D", color="w", mec="k", ms=6, label="the market's earlier part against its later, without the learner")
     ax.axvline(own["median"], color=GOOD, ls="--", lw=1.2, label=f"median of {own['pairs']:.0f} pairs of the model's runs")
     ax.axvline(own["low"], color=GOOD, ls=":", lw=1.2, label="5 % of them")
     ax.set(yticks=range(len(sides)), yticklabels=list(sides), xlim=(0, 1.05), xlabel="score", title="Score against the market; lines: 5 to 95 %")
@@ -82,7 +86,11 @@ def mismatches(result: RealismResult) -> Block:
     """The diagnostics, worst first."""
     if not result.diagnostics:
         return Block("<p>Every metric lies inside the market's own band.</p>") if result.metrics else nothing(result.reason)
-    return Block("<ol>" + "".join(f"<li>{html.escape(d[:1].upper() + d[1:])}.</li>" for d in result.diagnostics) + "</ol>")
+    outside = [m for m in result.metrics if m.distance > m.band]
+    drifted = sum(m.drift > m.band for m in outside)
+    told = (f"<p>{len(outside)} of {len(result.metrics)} metrics lie beyond the market's band. In {drifted} of these the market's own parts lie beyond it, "
+            "too: that much is drift, which no model of the past can know.</p>")
+    return Block(told + "<ol>" + "".join(f"<li>{html.escape(d[:1].upper() + d[1:])}.</li>" for d in result.diagnostics) + "</ol>")
 
 # %% ../../nbs/50_ops/49b_realism_report.ipynb #63039e32
 ACF_DAYS = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 14.0)
@@ -121,20 +129,26 @@ def _quantiles(ax: Any, a: np.ndarray, b: np.ndarray) -> None:
     ax.plot(x, y, ".", ms=4, color=SYNTHETIC)
 
 
+def _autocorrelations(ax: Any, market: pd.DataFrame, runs: list[pd.DataFrame], name: str) -> None:
+    each = pd.DataFrame([autocorrelation(f, name) for f in runs])
+    ax.fill_between(ACF_DAYS, each.min(), each.max(), color=SYNTHETIC, alpha=0.18, lw=0)
+    ax.plot(ACF_DAYS, each.mean(), ".-", color=SYNTHETIC, lw=1.2, ms=4)
+    ax.plot(ACF_DAYS, autocorrelation(market, name), ".-", color=MARKET, lw=1.2, ms=4)
+    ax.set(ylim=(-0.55, 1.05))
+
+# %% ../../nbs/50_ops/49b_realism_report.ipynb #a2934fe8
 def sensors_figure(result: RealismResult) -> Picture | Block:
     """One row per sensor: histogram, QQ, autocorrelation."""
-    if result.market is None or result.synthetic is None:
+    if result.market is None:
         return nothing(result.reason)
     names = result.sensors
     fig, axes = figure(len(names), 3, PAGE_WIDTH, 1.55 * len(names) + 0.6, squeeze=False)
     for row, name in zip(axes, names, strict=True):
-        a, b = (f[name].dropna().to_numpy() for f in (result.market, result.synthetic))
+        a, b = (f[name].dropna().to_numpy() for f in (result.market, pd.concat(result.runs)))
         _histogram(row[0], a, b)
         _quantiles(row[1], a, b)
-        for frame, colour in ((result.market, MARKET), (result.synthetic, SYNTHETIC)):
-            row[2].plot(ACF_DAYS, autocorrelation(frame, name), ".-", color=colour, lw=1.2, ms=4)
-        row[2].set(ylim=(-0.5, 1.05))
-        row[0].set_title(f"{name}, n = {len(a)} and {len(b)}", fontsize=9.5)
+        _autocorrelations(row[2], result.market, result.runs, name)
+        row[0].set_title(f"{name}, n = {len(a):,} and {len(b):,}", fontsize=9.5)
     for ax, text in zip(axes[-1], ("value (decimals; ADX, RSI 0 to 100)", "market quantile", "lag, days"), strict=True):
         ax.set_xlabel(text)
     axes[0, 0].legend(fontsize=8)
@@ -159,7 +173,7 @@ def regimes_figure(result: RealismResult) -> Picture | Block:
         ax.imshow(matrix, vmin=0, vmax=1, cmap="Greys")
         for (i, j), p in np.ndenumerate(matrix):
             ax.text(j, i, f"{p:.3f}", ha="center", va="center", color="w" if p > 0.5 else "k", fontsize=8.5)
-        ax.set(xticks=where, yticks=where, title=f"Row to column, per step: {side}")
+        ax.set(xticks=where, yticks=where, xlabel="to", ylabel="from", title=f"Transitions per step: {side}")
         ax.set_xticklabels([str(i + 1) for i in where])
         ax.set_yticklabels([str(i + 1) for i in where])
         ax.grid(False)
@@ -168,13 +182,13 @@ def regimes_figure(result: RealismResult) -> Picture | Block:
 # %% ../../nbs/50_ops/49b_realism_report.ipynb #08316e81
 def paths_figure(result: RealismResult) -> Picture | Block:
     """30-day IV and 7-day realized vol of both sides through the window."""
-    if result.market is None or result.synthetic is None:
+    if result.market is None:
         return nothing(result.reason)
     shown_names = [n for n in ("iv_30d", "rv_7d", "vrp_7d", "skew_25d") if n in result.sensors]
     fig, axes = figure(len(shown_names), 1, PAGE_WIDTH, 1.5 * len(shown_names) + 0.5, sharex=True, squeeze=False)
     for ax, name in zip(axes[:, 0], shown_names, strict=True):
         ax.plot(result.market["time"], 100 * result.market[name], color=MARKET, lw=1, label="market")
-        ax.plot(result.synthetic["time"], 100 * result.synthetic[name], color=SYNTHETIC, lw=1, label="synthetic")
+        ax.plot(result.runs[0]["time"], 100 * result.runs[0][name], color=SYNTHETIC, lw=1, label="synthetic, one run")
         ax.set_title(f"{name}, vol points", fontsize=9.5)
     axes[0, 0].legend(ncols=2, fontsize=8)
     return as_picture(fig, "Volatilities, premium and skew through the window, market and synthetic")
@@ -187,9 +201,10 @@ def metrics_table(
     """The readings, worst first."""
     if not result.metrics:
         return nothing(result.reason)
-    head = ["metric", "what it measures", "market", "synthetic", "distance", "typical", "band ends", "times typical", "market's drift", "scale"]
-    rows = [[m.name, m.means + ("" if m.counted else " (not in the score)"), shown(m.market, 3), shown(m.synthetic, 3), shown(m.distance, 3),
-             shown(m.typical, 3), shown(m.band, 3), shown(m.ratio, 1), shown(m.drift, 3), f"{m.unit or 'number'}, 0 to {shown(m.high, 0) if m.high else '∞'}"]
+    head = ["metric", "what it measures, unit and range of the distance", "market", "synthetic", "distance", "typical", "band ends", "times typical",
+            "market's drift"]
+    rows = [[m.name, f"{m.means}{'' if m.counted else ' (not in the score)'}: {m.unit or 'number'}, 0 to {shown(m.high, 0) if m.high else '∞'}",
+             shown(m.market, 3), shown(m.synthetic, 3), shown(m.distance, 3), shown(m.typical, 3), shown(m.band, 3), shown(m.ratio, 1), shown(m.drift, 3)]
             for m in result.metrics[:limit]]
     left = f"<p class='vc-quiet'>{len(result.metrics) - limit} more stand in the result file.</p>" if len(result.metrics) > limit else ""
     return Block(html_table(head, rows, text=(0, 1)) + left)

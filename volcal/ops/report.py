@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..calibration.config import load_config
+from ..calibration.config import load_config, spoken
 from ..calibration.guardrails import guardrail_thresholds, judged_metrics
 from ..calibration.historical import window_refs
 from ..calibration.result import CalibrationResult, LadderRung, Metrics
@@ -35,12 +35,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PICTURE_DPI', 'PAGE_WIDTH', 'STATUS_COLOURS', 'STATUS_ADVICE', 'REPORT_CSS', 'METRIC_HEAD', 'QUOTE_COLUMNS',
            'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'SENSOR_WORDS', 'Block', 'Picture', 'as_picture',
-           'shown', 'percent', 'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'headline_sentence',
-           'banner', 'tiles', 'metric_cells', 'metrics_table', 'bands_table', 'candidates_table', 'window_quotes',
-           'out_of_the_money', 'last_snapshot', 'shown_expiries', 'smile_figure', 'error_grid', 'mean_error',
-           'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans', 'timeline_figure', 'sensors_table',
-           'ratio_curve', 'largest_misfit', 'skew_figure', 'skew_table', 'ladder_figure', 'ladder_table',
-           'events_table', 'health_block', 'code_block', 'surface_block', 'reproducibility_block']
+           'shown', 'percent', 'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'base_name',
+           'headline_sentence', 'surface_now', 'banner', 'tiles', 'metric_cells', 'metrics_table', 'bands_table',
+           'candidates_table', 'window_quotes', 'out_of_the_money', 'last_snapshot', 'shown_expiries', 'smile_figure',
+           'error_grid', 'mean_error', 'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans', 'timeline_figure',
+           'sensors_table', 'ratio_curve', 'largest_misfit', 'anchor_words', 'skew_figure', 'skew_table',
+           'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
+           'reproducibility_block']
 
 # %% ../../nbs/50_ops/49_report.ipynb #8908aa0a
 @dataclass(frozen=True)
@@ -184,21 +185,31 @@ def split_reason(reason: str) -> list[str]:
     return [text for part in [*parts, reason[start:]] if (text := part.strip())]
 
 
+def _sentence(text: str) -> str:
+    """With a capital, and a full stop where none ends it."""
+    return html.escape(text[:1].upper() + text[1:]) + ("" if text.endswith((".", "?", "!", ":")) else ".")
+
+# %% ../../nbs/50_ops/49_report.ipynb #022e7a89
 def _reasons(result: CalibrationResult) -> str:
     """A list; the verdict on the data brings its own issues of that weight along."""
     quality, items = result.data_quality or {}, []
     issues = [issue["sentence"] for issue in quality.get("issues", []) if issue.get("severity") == quality.get("status")]
     for part in split_reason(result.reason or "no reason was given"):
         of_data = part.startswith("data quality is") and issues and part.endswith(")")
-        told = html.escape(part.split(" (")[0] + ":" if of_data else part)
-        below = "<ul>" + "".join(f"<li>{html.escape(one[:1].upper() + one[1:])}.</li>" for one in issues) + "</ul>" if of_data else ""
-        items.append(f"<li>{told[:1].upper()}{told[1:]}{below or '.'}</li>")
+        told = _sentence(part.split(" (")[0] + ":" if of_data else part)
+        below = "<ul>" + "".join(f"<li>{_sentence(one)}</li>" for one in issues) + "</ul>" if of_data else ""
+        items.append(f"<li>{told}{below}</li>")
     return f"<ul>{''.join(items)}</ul>"
 
-# %% ../../nbs/50_ops/49_report.ipynb #022e7a89
+# %% ../../nbs/50_ops/49_report.ipynb #9beb3737
 def on_default(result: CalibrationResult) -> bool:
     """Whether default_iv stood in for a realized vol that could not be trusted."""
     return (result.rv_source or "").startswith("default")
+
+
+def base_name(result: CalibrationResult) -> str:
+    """The volatility that multipliers multiply."""
+    return "default volatility" if on_default(result) else "realized vol"
 
 # %% ../../nbs/50_ops/49_report.ipynb #8a03130f
 def headline_sentence(result: CalibrationResult) -> str:
@@ -225,6 +236,11 @@ def headline_sentence(result: CalibrationResult) -> str:
     )
 
 # %% ../../nbs/50_ops/49_report.ipynb #c0a610c7
+def surface_now(result: CalibrationResult) -> str:
+    """Where the surface that was judged comes from."""
+    return result.surface_source or "as the config describes it"
+
+
 def banner(
     result: CalibrationResult,  # judged
 ) -> Block:
@@ -244,7 +260,7 @@ def banner(
         f'class="vc-word">{status.upper()}</div>'
         f'<h2 style="color:#fff">{html.escape(title)}</h2><p class="vc-lead">{html.escape(headline_sentence(result))}</p><p>'
         f"{STATUS_ADVICE[status]} Why {status}:</p>{_reasons(result)}"
-        f'<p class="vc-when">{window}, {result.snapshot_count or 0:,} snapshots.</p></div>'
+        f'<p class="vc-when">{window}, {result.snapshot_count or 0:,} snapshots. Surface now: {html.escape(surface_now(result))}.</p></div>'
     )
 
 # %% ../../nbs/50_ops/49_report.ipynb #61d58d75
@@ -259,11 +275,11 @@ def tiles(result: CalibrationResult) -> Block:
         return Block("")
     now, after = result.global_metrics or Metrics(), judged_metrics(result)
     stderr = f"std. error {shown(result.rv_stderr * 100.0, 0)} %, " if result.rv_stderr is not None else ""
+    source = "realized vol is not trusted" if on_default(result) else f"from {(result.rv_source or '–').replace('_', ' ')}"
     cells = [
         _tile("Multiplier", shown(result.recommended_iv_multiplier, 3), f"now {shown(result.iv_multiplier, 3)}"),
         _tile("ATM implied vol", percent(result.atm_iv), f"spot {shown(result.spot, 0 if (result.spot or 0) > 100 else 3)} USD"),
-        _tile("Default volatility" if on_default(result) else "Realized vol", percent(result.rv_annualized), f"{stderr}from "
-                                                                                                             f"{(result.rv_source or '–').replace('_', ' ')}"),
+        _tile(base_name(result).capitalize(), percent(result.rv_annualized), f"{stderr}{source}"),
         _tile("Price error", shown(after.vega_weighted_mae_pct, 1, " %"), "vega-weighted; now "
                                                                           f"{shown(now.vega_weighted_mae_pct, 1, ' %')}"),
         _tile("Volatility error", shown(after.vega_weighted_mae_vol_points, 2, " pts"), "vega-weighted; now "
@@ -333,8 +349,8 @@ def candidates_table(result: CalibrationResult) -> Block:
     """The four readings of the level; the chosen one is set off."""
     told = {
         "vega_weighted": "level of volatility, weighted by vega, relieved of the skew",
-        "mean": "plain mean of mark IV over realized vol",
-        "atm": "at-the-money volatility over realized vol",
+        "mean": f"plain mean of mark IV over {base_name(result)}",
+        "atm": f"at-the-money volatility over {base_name(result)}",
         "min_mae": "smallest mean price error in percent",
     }
     got = result.multiplier_candidates
@@ -633,12 +649,12 @@ def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
     """Multipliers by days to expiry."""
     levels = _expiry_levels(quotes)
     if levels.empty:
-        return nothing("no at-the-money volatility with a trusted realized vol")
+        return nothing(f"no at-the-money volatility beside a known {base_name(result)}")
     fig, ax = figure(1, 1, PAGE_WIDTH, 3.1)
     for _, curve in levels.sort_values("dte").groupby("snapshot", observed=True):
         ax.plot(curve["dte"], curve["multiplier"], color="#C9D0D8", linewidth=0.8, zorder=1)
-    ax.plot(levels["dte"], levels["multiplier"], "o", color=MARKET, markersize=3.2, alpha=0.5, label="market: ATM IV over realized "
-                                                                                                     "vol, a line per snapshot")
+    ax.plot(levels["dte"], levels["multiplier"], "o", color=MARKET, markersize=3.2, alpha=0.5, 
+            label=f"market: ATM IV over {base_name(result)}, a line per snapshot")
     _multiplier_lines(ax, result, np.geomspace(levels["dte"].min(), levels["dte"].max(), 1500))
     _band_labels(ax, result)
     ticks = [d for d in (1, 2, 3, 5, 7, 10, 14, 20, 30, 60, 90, 180, 365) if 0.8 * levels["dte"].min() <= d <= 1.2 * levels["dte"].max()]
@@ -647,7 +663,7 @@ def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
     ax.set_xscale("log")
     ax.set_xticks(ticks, [str(d) for d in ticks])
     ax.minorticks_off()
-    ax.set(xlabel="days to expiry (log scale)", ylabel="multiplier on realized vol")
+    ax.set(xlabel="days to expiry (log scale)", ylabel=f"multiplier on {base_name(result)}")
     _titled(ax, f"Term structure of multipliers, {levels['snapshot'].nunique()} snapshots over the window, n = {len(levels)}")
     ax.legend(loc="best", fontsize=9, frameon=False)
     told = ", ".join(f"{b.name} {b.recommended_iv_multiplier:.3f}" for b in result.bands if b.recommended_iv_multiplier is not None)
@@ -706,7 +722,8 @@ def timeline_figure(result: CalibrationResult) -> Picture | Block:
         for ax in (top, low):
             ax.axvspan(start, end, color="#EEF0F3", zorder=0, label="no snapshots" if number == 0 and ax is top else None)
     _percent_lines(top, frame, on_default(result))
-    low.plot(frame.index, frame["iv_7d"] / frame["rv"], color=MARKET, marker="." if len(frame) < 60 else None, label="7-day ATM IV over RV")
+    low.plot(frame.index, frame["iv_7d"] / frame["rv"], color=MARKET, marker="." if len(frame) < 60 else None, 
+             label=f"7-day ATM IV over {base_name(result)}")
     if result.recommended_iv_multiplier is not None:
         low.axhline(result.recommended_iv_multiplier, color=RECOMMENDED, label=f"recommended {result.recommended_iv_multiplier:.3f}")
     low.set(ylabel="multiplier")
@@ -716,10 +733,10 @@ def timeline_figure(result: CalibrationResult) -> Picture | Block:
     low.xaxis.set_major_formatter(mdates.ConciseDateFormatter(low.xaxis.get_major_locator()))
     hours = sum((end - start).total_seconds() for start, end in gaps) / 3600.0
     told = f"gaps: {len(gaps)}, together {hours:.0f} hours" if gaps else "no gaps"
-    _titled(top, f"Realized and implied volatility, {result.snapshot_count} snapshots, {told} (UTC)")
+    _titled(top, f"{'Default' if on_default(result) else 'Realized'} and implied volatility, {result.snapshot_count} snapshots, {told} (UTC)")
     return as_picture(
         fig,
-        f"Realized vol and at-the-money implied vol through the window, with {len(gaps)} gaps shaded; below, their ratio against the "
+        f"{base_name(result).capitalize()} and at-the-money implied vol through the window, with {len(gaps)} gaps shaded; below, their ratio against the "
         "recommended multiplier.",
     )
 
@@ -765,6 +782,14 @@ def largest_misfit(result: CalibrationResult) -> tuple[str, float] | None:  # an
     diffs = {} if result.skew_misfit is None else {k: v for k, v in result.skew_misfit.anchor_diffs.items() if v is not None}
     return max(diffs.items(), key=lambda item: abs(item[1])) if diffs else None
 
+
+def anchor_words(
+    anchor: str,  # "call 0.15", or "0.15" of both sides together
+) -> str:
+    """An anchor as a desk says it: 15Δ call."""
+    *side, delta = anchor.split(" ")
+    return f"{float(delta) * 100:g}Δ {side[0] if side else '(sides pooled)'}"
+
 # %% ../../nbs/50_ops/49_report.ipynb #386995d0
 def skew_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Block:
     """Market ratios, fitted skew, current template, by delta."""
@@ -790,7 +815,7 @@ def skew_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
         [1 - c for c in marks], [f"{round(min(c, 1 - c) * 100)}Δ {'put' if c > 0.5 else 'call'}" if c != 0.5 else "ATM" for c in marks]
     )
     worst = largest_misfit(result)
-    told = f"largest anchor difference {shown(worst[1], 3, sign=True)} at |Δ| {worst[0]}" if worst else "no skew was fitted"
+    told = f"largest anchor difference {shown(worst[1], 3, sign=True)} at the {anchor_words(worst[0])}" if worst else "no skew was fitted"
     ax.set(ylabel="IV over ATM IV")
     _titled(ax, f"Skew, {shown(skew.min_dte if skew else None, 0)} to {shown(skew.max_dte if skew else None, 0)} days: {told}")
     ax.legend(loc="upper center", fontsize=9, frameon=False)
@@ -959,10 +984,11 @@ def reproducibility_block(result: CalibrationResult) -> Block:
     if made is None:
         return Block(f'<p class="vc-quiet">There is no config to repeat; guardrails: {html.escape(limits)}.</p>')
     span = made.harvest_range
-    overrides = "; ".join(str(entry) for entry in result.active_overrides) or "none"
+    overrides = "; ".join(spoken(entry).strip("{}") for entry in result.active_overrides) or "none"
     rows = [
         ["window", f"{span.get('start', '–')} to {span.get('end', '–')}, {span.get('snapshots', 0):,} snapshots"],
         ["config hash", made.config_hash or "–"],
+        ["surface now", surface_now(result)],
         ["recipe hash (without place and time)", made.recipe_hash or "–"],
         ["snapshots hash", made.harvest_files_hash or "–"],
         ["seed", str(made.seed)],

@@ -8,15 +8,16 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .history import CalibrationHistoryEntry, find_calibrations
-from .jobs import AutoCalibrateParameters, AutoCalibration, job_hash, run_auto_calibrate, write_atomically
+from .jobs import AutoCalibrateParameters, AutoCalibration, job_hash, os_words, run_auto_calibrate, write_atomically
 from .policy import AppliedState, PolicyDecision, apply_run, decision_on, market_day
 from ..settings import get_settings
 from ..units import ConfigError, JobError, VolcalError
@@ -27,8 +28,22 @@ __all__ = ['Job', 'SEVERITY', 'underlying_lock', 'lock_holder', 'sweep_interrupt
 
 # %% ../../nbs/50_ops/52b_schedule.ipynb #be7a3932
 _LOG = logging.getLogger("volcal.ops.schedule")
+_PATIENCE_SECONDS = 0.5  # who only looks (`lock_holder`) holds it for an instant
 
 
+def _taken(file: IO[str]) -> bool:
+    """Take the lock, or find that a run has it."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+
+# %% ../../nbs/50_ops/52b_schedule.ipynb #2f5f8c0f
 @contextmanager
 def underlying_lock(
     underlying: str,
@@ -38,12 +53,10 @@ def underlying_lock(
     path = Path(report_dir or get_settings().report_dir) / underlying / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _taken(file):
             file.seek(0)
             raise JobError(f"another run of {underlying} is going on ({file.read().strip() or 'process not known'}), so this one did not "
-                           "start; wait for it to end") from None
+                           "start; wait for it to end")
         file.truncate(0)
         file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
         file.flush()
@@ -145,7 +158,7 @@ class Outcome:
     line: str  # for a log or a mail
     result: PolicyRun | None = None  # None: it did not run
 
-
+# %% ../../nbs/50_ops/52b_schedule.ipynb #9a4874f2
 def outcome_line(
     done: PolicyRun,
 ) -> str:
@@ -179,7 +192,7 @@ def _one(parameters: AutoCalibrateParameters, resume: bool, report_dir: Any, db:
         done = run_with_policy(parameters, report_dir, db, apply, "auto-calibrate-all", job)
         return Outcome(asset, done.exit_code, outcome_line(done), done)
     except (VolcalError, OSError) as error:
-        return Outcome(asset, 1, f"{asset:<9} ERROR; {' '.join(str(error).split())}")
+        return Outcome(asset, 1, f"{asset:<9} ERROR; {' '.join(os_words(error).split())}")
 
 # %% ../../nbs/50_ops/52b_schedule.ipynb #6c0eaef6
 def auto_calibrate_all(

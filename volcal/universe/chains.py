@@ -11,25 +11,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..calibration.config import load_mapping
+from ..calibration.config import load_mapping, nearest_key, spoken
 from ..market.harvester import parse_interval
 from ..market.chain import normalize_chain
 from ..market.implied import implied_vol
 from ..market.instruments import MONTHS, settlement_of
 from ..market.pricing import norm_cdf_scalar, price_scalar, vega_scalar
 from ..market.store import Store, select_snapshots
-from .paths import Path, SpotPath, path_model, price_decimals, simulate_path
+from .paths import Path, SpotPath, iv_departure, path_model, price_decimals, simulate_path
 from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, ConfigError, NoUsableDataError, epoch_ns, to_utc
 from ..vol.realized import PriceSeries, from_candles, realized_vol
-from ..vol.regimes import RegimeParams
-from ..vol.surface import VolSurface, get_synthetic_iv, regime_skew_nodes, skewed_iv_scalar
+from ..vol.regimes import RegimeParams, fade_response
+from ..vol.surface import VolSurface, applied_surface, get_synthetic_iv, regime_skew_nodes, skewed_iv_scalar, surface_in_use
 
 log = logging.getLogger("volcal.chains")
 
@@ -126,7 +126,7 @@ def floored_iv_kernel(expiry, k, t, level, deltas, ratios, out):
         floored += out[i] > own * (1.0 + 1e-12)
     return floored
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #7dcb4512
 def skew_taper(
     dte: Any,  # (n,) days to expiry
     max_dte: float,  # last day on which the skew holds in full
@@ -149,7 +149,7 @@ class QuoteModel(BaseModel):
     open_interest_median: float = Field(120.0, gt=0, description="median open interest of an option, contracts")
     open_interest_sigma: float = Field(2.0, ge=0, description="standard deviation of its logarithm")
 
-# %% ../../nbs/40_universe/42_chains.ipynb #23f7dd62
+# %% ../../nbs/40_universe/42_chains.ipynb #b32971db
 def tick_size(
     price: Any,  # (n,) native price
     settlement: str,  # inverse or linear
@@ -159,11 +159,11 @@ def tick_size(
     unit = 1.0 if settlement == "inverse" else round_step(spot)
     return np.where(np.asarray(price) < 0.005 * unit, 0.0001, 0.0005) * unit
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #bb03daa7
 def hashed_uniform(
     *keys: Any,  # integers or integer arrays that broadcast
 ) -> np.ndarray:  # uniform on (0, 1), the same for the same keys
-    """Random numbers by name, not by order, so that one day can be made again without the others (splitmix64)."""
+    """Random numbers of integers, by the mixing of splitmix64."""
     state: Any = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
         for key in keys:
@@ -178,7 +178,7 @@ class SyntheticConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     asset: str = Field("BTC", pattern=r"^[A-Z0-9]+(_USDC)?$", description="asset folder to write: BTC, or linear as XRP_USDC")
-    start_time: str = Field("2025-10-01T00:00Z", description="first snapshot, UTC")
+    start_time: str = Field("2025-10-01T00:00Z", description="first snapshot, UTC; spot then stands at spot_path.start_spot")
     warmup_days: float = Field(40.0, ge=0, description="days of price history before the first snapshot")
     seed: int = Field(7, ge=0, description="seed of everything")
     spot_path: SpotPath = Field(description="spot and its regimes")
@@ -204,6 +204,31 @@ class SyntheticConfig(BaseModel):
         return self
 
 # %% ../../nbs/40_universe/42_chains.ipynb #6177dcd2
+def _fields_at(path: tuple[Any, ...]) -> dict[str, Any]:
+    """The fields that a key at this place could name."""
+    model: type[BaseModel] | None = SyntheticConfig
+    for part in path:
+        if model is not None and not isinstance(part, int):
+            kind = model.model_fields[part].annotation if part in model.model_fields else None
+            found = [k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel)]
+            model = found[0] if found else None
+    return {} if model is None else model.model_fields
+
+# %% ../../nbs/40_universe/42_chains.ipynb #aa30c4eb
+def _fault(error: Any) -> str:
+    """One failure in words: where, what was given, what it must be."""
+    *above, key = error["loc"] or ("config",)
+    path, fields = ".".join(map(str, error["loc"])), _fields_at(tuple(above))
+    if error["type"] == "value_error":
+        return (f"{path}: " if path else "") + str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        return f"{path} is not a key there, so it would change nothing; {nearest_key(str(key), list(fields))}"
+    about = f"; it is: {fields[key].description}" if key in fields else ""
+    if error["type"] == "missing":
+        return f"{path} is missing and has no default; add it{about}"
+    return f"{path} = {spoken(error['input'])[:200]}: {error['msg'].replace('Input should', 'it must')}{about}"
+
+# %% ../../nbs/40_universe/42_chains.ipynb #fedc9a28
 def load_synthetic_config(
     source: SyntheticConfig | dict[str, Any] | str | FilePath,  # a config, a dict, or the path of a YAML or JSON file
 ) -> SyntheticConfig:
@@ -214,10 +239,18 @@ def load_synthetic_config(
     try:
         return SyntheticConfig(**data)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(str(p) for p in e['loc']) or 'config'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"the synthetic config does not fit, so nothing was simulated: {told}") from None
+        raise ConfigError(f"the synthetic config does not fit, so nothing was simulated: {'; '.join(map(_fault, error.errors()))}") from None
 
 # %% ../../nbs/40_universe/42_chains.ipynb #7b55aaab
+def _warm_path(config: SyntheticConfig, days: float) -> Path:
+    """The path of a config: its warm-up, and so many days."""
+    step, start, surface = pd.Timedelta(config.spot_path.step).as_unit("ns").value, to_utc(config.start_time), config.vol_surface
+    warm = math.ceil(config.warmup_days * NS_PER_DAY / step)
+    begin = pd.Timestamp(start.as_unit("ns").value - warm * step, tz="UTC")
+    steps = warm + math.ceil(days * NS_PER_DAY / step)
+    return simulate_path(config.spot_path, begin, steps, config.seed, surface.rv_window_days, anchor=warm)
+
+# %% ../../nbs/40_universe/42_chains.ipynb #4ffcc568
 class SyntheticUniverse:
     """A simulated market from `start_time` on, quoted on demand."""
 
@@ -229,10 +262,9 @@ class SyntheticUniverse:
         self.config = load_synthetic_config(config)
         self.step_ns = int(pd.Timedelta(self.config.spot_path.step).as_unit("ns").value)
         self.start_ns = to_utc(self.config.start_time).as_unit("ns").value
-        warm = math.ceil(self.config.warmup_days * NS_PER_DAY / self.step_ns)
-        steps = warm + math.ceil(days * NS_PER_DAY / self.step_ns)
-        begin = pd.Timestamp(self.start_ns - warm * self.step_ns, tz="UTC")
-        self.path: Path = simulate_path(self.config.spot_path, begin, steps, self.config.seed, self.config.vol_surface.rv_window_days)
+        surface = self.config.vol_surface
+        self.path: Path = _warm_path(self.config, days)
+        self.departure = iv_departure(self.path, surface.rv_window_days if surface.iv_mode == "rv_window" else None)
         self.listings: dict[Any, Any] = {}
         self.prices: PriceSeries = from_candles(self.path.candles)
         self.settlement = settlement_of(self.config.asset)
@@ -253,9 +285,10 @@ class SyntheticUniverse:
 
     def realized(self, time: Any) -> float:
         """Trailing realized vol at `time`, by the same function and candles that a calibration uses."""
-        return float(realized_vol(self.prices, np.array([to_utc(time).as_unit("ns").value]), self.config.vol_surface.rv_window_days).rv[0])
+        window = surface_in_use(self.config.vol_surface, self.config.asset).rv_window_days
+        return float(realized_vol(self.prices, np.array([to_utc(time).as_unit("ns").value]), window).rv[0])
 
-# %% ../../nbs/40_universe/42_chains.ipynb #c29c1b12
+# %% ../../nbs/40_universe/42_chains.ipynb #5bae26c9
 def forward_curve(
     spot: float,  # USD
     t: np.ndarray,  # (n,) years
@@ -266,7 +299,7 @@ def forward_curve(
     carry = front + (back - front) * (1.0 - np.exp(-4.0 * t))
     return np.round(spot * np.exp(carry * t), price_decimals(spot))
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #c29c1b12
 def surface_state(
     config: SyntheticConfig,
     params: RegimeParams,  # of the active regime
@@ -274,17 +307,18 @@ def surface_state(
     dte: np.ndarray,  # (e,) days to each expiry
     iv_noise: float = 0.0,  # x = ln(IV / (RV m))
     skew_noise: float = 0.0,  # deviation of the 25-delta skew over ATM IV
+    departure: float = 0.0,  # of 7-day ln IV from its recent mean, which later expiries follow in part
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # level (e,), call deltas (n,), ratios (e, n)
-    """What every expiry's smile is made of: the surface's level and nodes under the regime, moved by its noise."""
-    surface = config.vol_surface
-    x, y = (iv_noise, skew_noise) if config.iv_noise else (0.0, 0.0)
-    level = get_synthetic_iv(surface, rv, dte, regime=params) * math.exp(x)
+    """What every expiry's smile is made of: the level and nodes of the surface in use under the regime, moved by its noise."""
+    surface = surface_in_use(config.vol_surface, config.asset)
+    x, y, ahead = (iv_noise, skew_noise, departure) if config.iv_noise else (0.0, 0.0, 0.0)
+    level = get_synthetic_iv(surface, rv, dte, config.asset, params) * np.exp(x + ahead * (fade_response(params.iv_fade, dte) - 1.0))
     if not surface.skew.enabled:
         return level, np.zeros(0), np.ones((dte.size, 0))
     deltas, ratios = regime_skew_nodes(surface.skew, params, y)
     return level, deltas, 1.0 + skew_taper(dte, surface.skew.max_dte, config.skew_taper_power)[:, None] * (ratios - 1.0)
 
-# %% ../../nbs/40_universe/42_chains.ipynb #64b5fb69
+# %% ../../nbs/40_universe/42_chains.ipynb #9034c1db
 @njit(cache=True, nogil=True, error_model="numpy")
 def _price_rows(expiry, k, sign, forward, strike, t, iv, price, vega, otm):
     """Undiscounted USD price, vega per vol point and out-of-the-money |delta| of rows."""
@@ -295,7 +329,7 @@ def _price_rows(expiry, k, sign, forward, strike, t, iv, price, vega, otm):
         c = norm_cdf_scalar(-k[i] / (iv[i] * math.sqrt(t[e])) + 0.5 * iv[i] * math.sqrt(t[e]))
         otm[i] = min(c, 1.0 - c)
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #72e3041d
 def quote_rows(
     model: QuoteModel,
     mark: np.ndarray,  # (n,) native
@@ -316,6 +350,12 @@ def quote_rows(
     return np.where(silent, np.nan, np.round(bid, 6)), np.round(ask, 6)
 
 # %% ../../nbs/40_universe/42_chains.ipynb #0b6aeaf9
+def _inverse_erf(x: np.ndarray) -> np.ndarray:
+    from scipy.special import erfinv
+
+    return np.asarray(erfinv(x))
+
+# %% ../../nbs/40_universe/42_chains.ipynb #2ff8970c
 def open_interest(
     model: QuoteModel,
     seed: int,
@@ -336,12 +376,6 @@ def open_interest(
     volume = np.where(bulk < 0.35, 0.0, np.round(0.2 * interest * bulk**3, 1))
     return interest, volume
 
-
-def _inverse_erf(x: np.ndarray) -> np.ndarray:
-    from scipy.special import erfinv
-
-    return np.asarray(erfinv(x))
-
 # %% ../../nbs/40_universe/42_chains.ipynb #93c008c4
 def instrument_names(
     asset: str,
@@ -353,7 +387,7 @@ def instrument_names(
     texts = [f"{k:.10f}".rstrip("0").rstrip(".").replace(".", "d") for k in strikes]
     return [f"{when}-{text}-{kind}" for text in texts for kind in "CP"]
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #f6de3ddd
 @dataclass(frozen=True)
 class Listing:
     """The options listed at a moment; rows are calls and puts in turn, by expiry and strike."""
@@ -365,7 +399,7 @@ class Listing:
     sign: np.ndarray  # (n,) +1 call, -1 put
     texts: pd.DataFrame  # (n,) the columns of the harvest layout that name the row
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #67621bf8
 def _strikes(universe: SyntheticUniverse, kind: str, listed: pd.Timestamp, today: int) -> np.ndarray:
     """Strikes of an expiry, from where spot has been between its listing and last midnight."""
     first = int(np.searchsorted(universe.path.time_ns, listed.as_unit("ns").value))
@@ -399,6 +433,15 @@ def listing(
     return universe.listings[key]
 
 # %% ../../nbs/40_universe/42_chains.ipynb #3dc26c00
+def _marks(listed: Listing, forward: np.ndarray, t: np.ndarray, state: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """ln(K/F), IV, USD price, vega per vol point and out-of-the-money |delta| of the listed rows."""
+    e, k = listed.expiry, np.log(listed.strike / forward[listed.expiry])
+    iv, usd, vega, otm = (np.empty(listed.strike.size) for _ in range(4))
+    floored_iv_kernel(e, k, t, *state, iv)
+    _price_rows(e, k, listed.sign, forward, listed.strike, t, iv, usd, vega, otm)
+    return k, iv, usd, vega, otm
+
+# %% ../../nbs/40_universe/42_chains.ipynb #9a9f5602
 def build_chain(
     universe: SyntheticUniverse,
     time: Any,  # when
@@ -408,13 +451,11 @@ def build_chain(
     i, listed = universe.at(now), listing(universe, now)
     spot, t = float(path.spot[i]), (listed.expiry_ns - now.value) / NS_PER_YEAR
     params = path.model.regimes[int(path.regime[i])]
-    level, deltas, ratios = surface_state(config, params, universe.realized(now), t * 365.0, float(path.iv_noise[i]), float(path.skew_noise[i]))
+    noise = [float(a[i]) for a in (path.iv_noise, path.skew_noise, universe.departure)]
+    state = surface_state(config, params, universe.realized(now), t * 365.0, *noise)
     forward = forward_curve(spot, t, config.carry_front, config.carry)
     e, strike, sign = listed.expiry, listed.strike, listed.sign
-    k = np.log(strike / forward[e])
-    iv, usd, vega, otm = (np.empty(strike.size) for _ in range(4))
-    floored_iv_kernel(e, k, t, level, deltas, ratios, iv)
-    _price_rows(e, k, sign, forward, strike, t, iv, usd, vega, otm)
+    k, iv, usd, vega, otm = _marks(listed, forward, t, state)
     unit = forward[e] if universe.settlement == "inverse" else np.ones(e.size)
     mark = np.round(usd / unit, 6)
     key = (config.seed, listed.expiry_ns[e] // NS_PER_DAY, np.rint(strike * 1e4), sign, now.value // 60_000_000_000)
@@ -475,13 +516,43 @@ def simulate(
     loaded = load_synthetic_config(config)
     universe = SyntheticUniverse(loaded if seed is None else loaded.model_copy(update={"seed": seed}), days)
     times = write_universe(universe, out, every, progress=progress)
+    used = "of the config" if applied_surface(universe.config.asset) is None else f"applied to {universe.config.asset}, instead of the config's"
     start = int(np.searchsorted(universe.path.time_ns, universe.start_ns))
     share = np.bincount(universe.path.regime[start:], minlength=len(universe.path.model.names)) / (universe.path.regime.size - start)
-    return {"asset": universe.config.asset, "root": str(out), "snapshots": len(times), "first": times[0].isoformat(), "last": times[-1].isoformat(),
+    return {"asset": universe.config.asset, "root": str(out), "surface": used,
+            "snapshots": len(times), "first": times[0].isoformat(), "last": times[-1].isoformat(),
             "seed": universe.config.seed, "spot": {"first": float(universe.path.spot[start]), "last": float(universe.path.spot[-1])},
             "regime_share": {n: round(float(x), 4) for n, x in zip(universe.path.model.names, share, strict=True)}}
 
 # %% ../../nbs/40_universe/42_chains.ipynb #2674b960
+def _half_spreads(frame: pd.DataFrame, asset: str) -> pd.DataFrame:
+    """Usable two-sided quotes: |delta| out of the money, half-spread in vol points at a month, and whether out of the money."""
+    settlement = settlement_of(asset)
+    tick = tick_size(frame["mark_price"], settlement, float(frame["forward"].iloc[0]))
+    width = 0.5 * (frame["best_ask_price"] - frame["best_bid_price"] - tick).to_numpy()
+    vega = (frame["vega"] / (frame["forward"] if settlement == "inverse" else 1.0)).to_numpy()
+    half = np.maximum(width, 0.1 * tick) / np.where(vega > 1e-12, vega, np.nan)
+    call_delta, dte = frame["call_delta"].to_numpy(dtype=np.float64), frame["dte"].to_numpy()
+    otm = np.minimum(call_delta, 1.0 - call_delta)
+    month = half / np.maximum(1.0, 30.0 / dte) ** QuoteModel().short_dte_power
+    out_of_money = ((frame["option_type"] == "C") == (frame["strike"] >= frame["forward"])).to_numpy()
+    usable = np.isfinite(half) & (half > 0) & (otm > 0.003) & (dte > 0.5)
+    return pd.DataFrame({"otm": otm, "month": month, "out_of_money": out_of_money})[usable]
+
+# %% ../../nbs/40_universe/42_chains.ipynb #e5b3e688
+def _spread_nodes(quotes: pd.DataFrame) -> tuple[dict[float, float], float]:
+    """Median half-spreads by |delta| where ten quotes say so, and how much wider the in-the-money side is."""
+    otm, month, outside = (quotes[name].to_numpy() for name in ("otm", "month", "out_of_money"))
+    edges = np.array([0.003, 0.02, 0.07, 0.15, 0.35, 0.51])
+    bins, centres = np.digitize(otm, edges) - 1, (0.01, 0.05, 0.10, 0.25, 0.50)
+    spreads = {c: float(np.median(month[here])) for j, c in enumerate(centres) if (here := outside & (bins == j)).sum() >= 10}
+    inside = ~outside & (otm > 0.02)
+    if inside.sum() < 10:
+        return spreads, QuoteModel().in_the_money_factor
+    normal = np.median(np.interp(otm[inside], list(spreads), list(spreads.values())))
+    return spreads, float(np.clip(np.median(month[inside]) / normal, 1.0, 10.0))
+
+# %% ../../nbs/40_universe/42_chains.ipynb #f7511dd3
 def learn_quotes(
     store: Store | str | FilePath,
     asset: str,  # BTC, ETH, SOL_USDC, ...
@@ -493,28 +564,14 @@ def learn_quotes(
     if not refs:
         raise NoUsableDataError(f"{asset} has no snapshots, so spreads cannot be learned; choose another asset or root")
     frame = normalize_chain(source.read_batch(refs).frame, quote_iv=False, asset=asset).frame
-    inverse = settlement_of(asset) == "inverse"
-    tick = tick_size(frame["mark_price"], settlement_of(asset), float(frame["forward"].iloc[0]))
-    width = 0.5 * (frame["best_ask_price"] - frame["best_bid_price"] - tick).to_numpy()
-    vega = (frame["vega"] / (frame["forward"] if inverse else 1.0)).to_numpy()
-    half = np.maximum(width, 0.1 * tick) / np.where(vega > 1e-12, vega, np.nan)
-    call_delta = frame["call_delta"].to_numpy(dtype=np.float64)
-    otm = np.minimum(call_delta, 1.0 - call_delta)
-    out_of_money = ((frame["option_type"] == "C") == (frame["strike"] >= frame["forward"])).to_numpy()
-    usable = np.isfinite(half) & (half > 0) & (otm > 0.003) & (frame["dte"].to_numpy() > 0.5)
-    if (usable & out_of_money).sum() < 50:
-        raise NoUsableDataError(f"{asset} has {int((usable & out_of_money).sum())} two-sided quotes in {len(refs)} snapshots (50 needed), "
+    quotes = _half_spreads(frame, asset)
+    seen = int(quotes["out_of_money"].sum())
+    if seen < 50:
+        raise NoUsableDataError(f"{asset} has {seen} two-sided quotes in {len(refs)} snapshots (50 needed), "
                                 "so spreads cannot be learned; read more snapshots")
-    model = QuoteModel()
-    month = half / np.maximum(1.0, 30.0 / frame["dte"].to_numpy()) ** model.short_dte_power
-    edges = np.array([0.003, 0.02, 0.07, 0.15, 0.35, 0.51])
-    bins, centres = np.digitize(otm, edges) - 1, (0.01, 0.05, 0.10, 0.25, 0.50)
-    spreads = {c: float(np.median(month[here])) for j, c in enumerate(centres) if (here := usable & out_of_money & (bins == j)).sum() >= 10}
-    inside = usable & ~out_of_money & (otm > 0.02)
-    normal = np.median(np.interp(otm[inside], list(spreads), list(spreads.values()))) if inside.any() else 1.0
-    factor = float(np.clip(np.median(month[inside]) / normal, 1.0, 10.0)) if inside.sum() >= 10 else model.in_the_money_factor
     interest = np.log(frame.loc[frame["open_interest"] > 0, "open_interest"].to_numpy(dtype=np.float64))
     size = {"open_interest_median": float(np.exp(np.median(interest))), "open_interest_sigma": float(interest.std())} if interest.size > 50 else {}
+    spreads, factor = _spread_nodes(quotes)
     return QuoteModel(half_spread_vol_points={d: round(v, 4) for d, v in spreads.items()}, in_the_money_factor=round(factor, 3), **size)
 
 # %% ../../nbs/40_universe/42_chains.ipynb #caf80495
@@ -526,7 +583,7 @@ def _butterflies(strike: np.ndarray, bid: np.ndarray, ask: np.ndarray) -> tuple[
     known = np.isfinite(cost)
     return int(known.sum()), int((cost[known] < -1e-9).sum())
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #e2c1631d
 def _variances(f: pd.DataFrame, side: str) -> tuple[np.ndarray, np.ndarray]:
     """ln(K/F) ascending and total variance of out-of-the-money quotes of one expiry."""
     otm = f[(f["option_type"] == "C") == (f["strike"] >= f["forward"])].sort_values("strike")
@@ -534,7 +591,16 @@ def _variances(f: pd.DataFrame, side: str) -> tuple[np.ndarray, np.ndarray]:
     known = np.isfinite(iv)
     return otm["log_moneyness"].to_numpy()[known], (iv**2 * otm["t"].to_numpy())[known]
 
-# %% ../../nbs/40_universe/42_chains.ipynb #ca61f0c0
+
+def _parity_gap(frame: pd.DataFrame) -> float:
+    """The largest breach of put-call parity by marks of one strike, in their unit."""
+    pairs = frame.pivot_table(index=["expiry", "strike"], columns="option_type", values="mark_price", observed=True).dropna()
+    unit = frame.drop_duplicates("expiry").set_index("expiry")["forward"].reindex(pairs.index.get_level_values(0)).to_numpy(dtype=float)
+    inverse = frame["settlement"].iloc[0] == "inverse"
+    gap = np.asarray(pairs["C"] - pairs["P"]) - (unit - np.asarray(pairs.index.get_level_values(1), dtype=float)) / (unit if inverse else 1.0)
+    return float(np.abs(gap).max())
+
+# %% ../../nbs/40_universe/42_chains.ipynb #d0c75748
 def arbitrage_report(
     chain: pd.DataFrame,  # one snapshot in the harvest layout
 ) -> dict[str, float]:  # butterflies, calendars dealt and violated; largest breach of parity, in the mark's unit
@@ -553,12 +619,8 @@ def arbitrage_report(
             calendars += int(inside.sum())
             broken += int((np.interp(near[0][inside], *ask) < near[1][inside] - 1e-9).sum())
         near = _variances(f, "bid")
-    pairs = frame.pivot_table(index=["expiry", "strike"], columns="option_type", values="mark_price", observed=True).dropna()
-    unit = frame.drop_duplicates("expiry").set_index("expiry")["forward"].reindex(pairs.index.get_level_values(0)).to_numpy(dtype=float)
-    inverse = frame["settlement"].iloc[0] == "inverse"
-    gap = np.asarray(pairs["C"] - pairs["P"]) - (unit - np.asarray(pairs.index.get_level_values(1), dtype=float)) / (unit if inverse else 1.0)
     return {"butterflies": int(wings[0]), "butterfly_arbitrages": int(wings[1]), "calendars": calendars, "calendar_arbitrages": broken,
-            "largest_parity_gap": float(np.abs(gap).max())}
+            "largest_parity_gap": _parity_gap(frame)}
 
 # %% ../../nbs/40_universe/42_chains.ipynb #7da2b7bd
 SAMPLE_DAYS = 15
@@ -576,11 +638,11 @@ def sample_config(
     skew = {"enabled": True, "min_dte": 3, "max_dte": 14, "anchor_ratios_by_side": sides, "smile_ratios": {0.05: 1.06, 0.10: 1.015, 0.90: 1.20, 0.95: 1.28}}
     return SyntheticConfig.model_validate({
         "asset": "BTC", "start_time": "2025-10-01T00:00Z", "seed": seed, "iv_noise": False, "max_expiry_days": 100, "strike_width": 0.55,
-        "spot_path": {"start_spot": 112_000, "regimes": regimes, "regime_transitions": moves, "step": "1h"},
+        "spot_path": {"start_spot": 112_738.67517, "regimes": regimes, "regime_transitions": moves, "step": "1h"},
         "vol_surface": {"iv_mode": "rv_window", "rv_window_days": 7, "iv_multiplier": 0.93, "skew": skew},
     })
 
-
+# %% ../../nbs/40_universe/42_chains.ipynb #385660e4
 def sample_universe(seed: int = SAMPLE_SEED) -> SyntheticUniverse:  # seed of everything
     """The universe of `data/sample`."""
     return SyntheticUniverse(sample_config(seed), days=SAMPLE_DAYS)

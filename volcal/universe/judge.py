@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from ..units import NS_PER_DAY, NoUsableDataError
 from .detect import detection_auc, timed_windows
-from .metrics import Metric, Score, Yardstick
+from .metrics import MOST, Metric, Score, Yardstick, total_score
 from .rows import BLOCK_DAYS, Rows, market_rows
 from .twins import FIT_FEATURES
 from ..vol.clusters import Clusters, assign, fit_clusters
@@ -23,8 +24,8 @@ from ..vol.sensors import SENSORS
 
 # %% auto #0
 __all__ = ['MIN_ROWS', 'MIN_SHARE', 'REGIMES', 'MIN_LABELLED', 'LEARNT', 'PAIR_DEALS', 'comparable_sensors', 'Labeller',
-           'market_labeller', 'Judge', 'total_score', 'Null', 'model_null', 'pair_score', 'Reading', 'readings',
-           'diagnose', 'Standing', 'standing', 'market_standing']
+           'market_labeller', 'Judge', 'Null', 'model_null', 'pair_score', 'Reading', 'readings', 'diagnose',
+           'Standing', 'standing', 'market_standing']
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #2626462f
 MIN_ROWS, MIN_SHARE = 20, 0.2
@@ -114,13 +115,10 @@ class Judge:
     def families(self, score: Score, auc: float) -> dict[str, np.ndarray]:  # (b,) each
         """Scores of all six families."""
         found = score.by_family()
-        told = min(1.0, (1.0 - auc) / (1.0 - self.typical_auc)) if math.isfinite(auc) else math.nan
-        return found if math.isnan(told) else {**found, "detection": np.full(len(next(iter(found.values()))), max(told, 0.0))}
-
-# %% ../../nbs/40_universe/42e_judge.ipynb #b1d40059
-def total_score(families: dict[str, np.ndarray]) -> np.ndarray:  # (b,)
-    """The mean over families."""
-    return np.mean(list(families.values()), axis=0)
+        if not math.isfinite(auc):
+            return found
+        told = float(np.clip((1.0 - auc) / (1.0 - self.typical_auc), 1.0 / MOST, 1.0))
+        return {**found, "detection": np.full(len(next(iter(found.values()))), told)}
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #80995b83
 @dataclass(frozen=True)
@@ -173,9 +171,9 @@ class Reading:
     unit: str
     high: float | None  # largest possible distance; None: unbounded
     direction: str
-    market: float | None  # value over the window, in the sensor's own units where it is a mean
-    synthetic: float | None
-    distance: float  # mean over deals
+    market: float | None  # value over the window, in the sensor's own units where it has them
+    synthetic: float | None  # mean over runs
+    distance: float  # mean over runs and deals
     typical: float  # of the market from itself
     band: float  # 95 % of the market's distances from itself
     ratio: float  # distance over typical
@@ -187,25 +185,28 @@ def _plain(metric: Metric, value: np.ndarray, stick: Yardstick) -> float | None:
     """A metric's value as one number, where it is one."""
     if np.ndim(value) > 0:
         return None
-    number = float(value)
-    return stick.scale.mean[metric.shown] + stick.scale.std[metric.shown] * number if metric.shown else number
+    scale, number = stick.scale, float(value)
+    return (scale.mean[metric.shown] if metric.level else 0.0) + scale.std[metric.shown] * number if metric.shown else number
 
-# %% ../../nbs/40_universe/42e_judge.ipynb #08afe163
+# %% ../../nbs/40_universe/42e_judge.ipynb #1ce98570
 def readings(
     judge: Judge,
-    rows: Rows,  # the synthetic side
+    runs: Sequence[Rows],  # of the synthetic side
     before: Rows | None = None,  # an earlier part of the market; None: drift is between its halves
 ) -> list[Reading]:  # worst first
-    """Every metric that could be measured on both sides."""
+    """Every metric that could be measured on both sides, over all runs: one run's luck is not the model's fault."""
     stick, out = judge.stick, []
-    far, drift = np.nanmean(np.nan_to_num(stick.score(rows).distance, nan=np.nan), axis=1), stick.score_drift(before).distance[:, 0]
-    ours, theirs = stick.values(stick.market), stick.values(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what no deal can measure is NaN, and left out below
+        far = np.nanmean([np.nanmean(stick.score(r).distance, axis=1) for r in runs], axis=0)
+        drift = stick.score_drift(before).distance[:, 0]
+    ours, theirs = stick.values(stick.market), [stick.values(r) for r in runs]
     for i, m in enumerate(stick.metrics):
         if not (math.isfinite(far[i]) and math.isfinite(stick.typical[i])):
             continue
-        out.append(Reading(m.name, m.family, m.means, m.unit, m.high if math.isfinite(m.high) else None, m.direction, _plain(m, ours[m.name], stick),
-                           _plain(m, theirs[m.name], stick), float(far[i]), float(stick.typical[i]), float(stick.band[i]),
-                           float(far[i] / stick.typical[i]), float(drift[i])))
+        sides = _plain(m, ours[m.name], stick), _plain(m, np.mean([v[m.name] for v in theirs], axis=0), stick)
+        out.append(Reading(m.name, m.family, m.means, m.unit, m.high if math.isfinite(m.high) else None, m.direction, *sides, float(far[i]),
+                           float(stick.typical[i]), float(stick.band[i]), float(far[i] / stick.typical[i]), float(drift[i])))
     return sorted(out, key=lambda r: -r.ratio)
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #7a084681
@@ -218,37 +219,38 @@ def _exceedance(sensor: str, market: pd.DataFrame, synthetic: pd.DataFrame) -> s
     digits = 2 if np.nanmax(np.abs(a)) < 5 else 0
     return f"synthetic {sensor} above {points[at]:.{digits}f} in {above[1][at]:.0%} of steps, market {above[0][at]:.0%}"
 
-
-def _occupancies(judge: Judge, rows: Rows) -> str:
+# %% ../../nbs/40_universe/42e_judge.ipynb #718efdf7
+def _occupancies(judge: Judge, runs: Sequence[Rows]) -> str:
     """The regime whose share differs most."""
-    ours, theirs = (np.bincount(r.labels[r.labels >= 0], minlength=len(judge.labeller.names)) / max((r.labels >= 0).sum(), 1)
-                    for r in (judge.stick.market, rows))
+    ours, theirs = (np.bincount(labels[labels >= 0], minlength=len(judge.labeller.names)) / max((labels >= 0).sum(), 1)
+                    for labels in (judge.stick.market.labels, np.concatenate([r.labels for r in runs])))
     at = int(np.argmax(np.abs(ours - theirs)))
     return f"synthetic is in regime {judge.labeller.names[at]} in {theirs[at]:.0%} of steps, market {ours[at]:.0%}"
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #eae68526
-def _sentence(r: Reading, judge: Judge, rows: Rows, market: pd.DataFrame, synthetic: pd.DataFrame) -> str:
+def _sentence(r: Reading, judge: Judge, runs: Sequence[Rows], market: pd.DataFrame, synthetic: pd.DataFrame) -> str:
     """What a reading says."""
     sensor, kind = r.name.split(" ")[0], r.name.split(" ")[-1]
     if r.family == "levels" and kind not in ("sd", "skewness"):
         return _exceedance(sensor, market, synthetic)
-    if kind == "sd" or kind == "moves":
-        x, y = (float(f[sensor].std() if kind == "sd" else np.nanstd(p.columns[f"{sensor} move"]))
-                for f, p in ((synthetic, rows), (market, judge.stick.market)))
-        return f"{'standard deviation' if kind == 'sd' else 'step-to-step change (sd)'} of {sensor} is {x:.3g} in the synthetic market, {y:.3g} in the real one"
     if r.name == "regime occupancy":
-        return _occupancies(judge, rows)
-    if r.synthetic is None:
-        return f"{r.name}: {r.means} is {r.distance:.2f}, between halves of the market {r.typical:.2f}"
-    return f"{r.means} is {r.synthetic:.2f} in the synthetic market, {r.market:.2f} in the real one"
+        return _occupancies(judge, runs)
+    if r.synthetic is None or r.market is None:
+        return f"{r.means} is {r.distance:.2f}, between halves of the market {r.typical:.2f}"
+    digits = ".3g" if kind in ("sd", "moves", "size") else ".2f"
+    return f"{r.means} is {r.synthetic:{digits}} in the synthetic market, {r.market:{digits}} in the real one"
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #986857de
+def _times(ratio: float) -> str:
+    return "over 100" if ratio > 100.0 else f"{ratio:.1f}"
+
+
 def diagnose(
     found: Sequence[Reading],  # worst first
     judge: Judge,
-    rows: Rows,
+    runs: Sequence[Rows],
     market: pd.DataFrame,
-    synthetic: pd.DataFrame,
+    synthetic: pd.DataFrame,  # of all runs
     limit: int = 12,
 ) -> list[str]:
     """The biggest mismatches, worst first, one per sensor and family; those inside the market's band are not told."""
@@ -259,8 +261,9 @@ def diagnose(
         if subject in told or r.distance <= r.band or len(out) >= limit:
             continue
         told.add(subject)
-        own = "as much" if r.drift >= r.distance else f"{r.drift / r.typical:.1f}"
-        out.append(f"{_sentence(r, judge, rows, market, synthetic)} ({r.ratio:.1f} times the market's typical distance from itself; its own drift is {own})")
+        own = f"{_times(r.drift / r.typical)}, as much" if r.drift >= r.distance else _times(r.drift / r.typical)
+        far = f"{_times(r.ratio)} times the market's typical distance from itself; the market's own drift is {own}"
+        out.append(f"{_sentence(r, judge, runs, market, synthetic)} ({far})")
     return out
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #dae44964
@@ -275,7 +278,17 @@ class Standing:
     auc: float | None
     runs: int
 
+# %% ../../nbs/40_universe/42e_judge.ipynb #4c59a80b
+def _standing(parts: list[dict[str, np.ndarray]], aucs: list[float], thin: float) -> Standing:
+    """Mean and 5 to 95 % of the totals, the interval `thin` times as wide."""
+    totals = np.concatenate([total_score(p) for p in parts])
+    score = float(totals.mean())
+    low, high = (float(np.clip(score + thin * (np.quantile(totals, q) - score), 0.0, 1.0)) for q in (0.05, 0.95))
+    families = {f: float(np.mean([p[f].mean() for p in parts if f in p])) for f in parts[0]}
+    known = [a for a in aucs if math.isfinite(a)]
+    return Standing(score, low, high, families, float(np.mean(known)) if known else None, len(parts))
 
+# %% ../../nbs/40_universe/42e_judge.ipynb #f3e7f079
 def standing(
     judge: Judge,
     runs: Sequence[Rows],  # of one side, each with another seed
@@ -284,15 +297,6 @@ def standing(
     aucs = [judge.auc(r) for r in runs]
     parts = [judge.families(judge.stick.score(r), a) for r, a in zip(runs, aucs, strict=True)]
     return _standing(parts, aucs, judge.stick.thin)
-
-# %% ../../nbs/40_universe/42e_judge.ipynb #4c59a80b
-def _standing(parts: list[dict[str, np.ndarray]], aucs: list[float], thin: float) -> Standing:
-    totals = np.concatenate([total_score(p) for p in parts])
-    score = float(totals.mean())
-    low, high = (float(np.clip(score + thin * (np.quantile(totals, q) - score), 0.0, 1.0)) for q in (0.05, 0.95))
-    families = {f: float(np.mean([p[f].mean() for p in parts if f in p])) for f in parts[0]}
-    known = [a for a in aucs if math.isfinite(a)]
-    return Standing(score, low, high, families, float(np.mean(known)) if known else None, len(parts))
 
 # %% ../../nbs/40_universe/42e_judge.ipynb #45a89f15
 def market_standing(

@@ -16,7 +16,7 @@ from .rows import Rows, Scale, Summary, cdf, deal_blocks, market_scale, next_row
 # %% auto #0
 __all__ = ['PC_COLUMNS', 'Statistic', 'Distance', 'BAND', 'MOST', 'occupancy', 'transitions', 'surface_pcs', 'Metric', 'apart',
            'ratio_apart', 'total_variation', 'sensor_metrics', 'return_metrics', 'surface_metrics', 'regime_metrics',
-           'all_metrics', 'Score', 'Yardstick']
+           'all_metrics', 'total_score', 'Score', 'Yardstick']
 
 # %% ../../nbs/40_universe/42b_metrics.ipynb #9b3216e6
 def occupancy(s: Summary) -> np.ndarray:  # (b, k)
@@ -70,13 +70,14 @@ class Metric:
     high: float  # largest possible distance; the smallest is 0
     value: Statistic = field(repr=False)  # of a market: (b,) or (b, m)
     distance: Distance = field(repr=False)  # (b,)
-    shown: str = ""  # sensor whose units the value is in, where it is a plain number in standard deviations
+    shown: str = ""  # column in whose standard deviations the value is, where it has the units of one
+    level: bool = False  # and from whose mean
     direction: str = "lower is more alike"
 
 # %% ../../nbs/40_universe/42b_metrics.ipynb #cdc47abf
 def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a - b|; the largest of several."""
-    gap = np.abs(a - b)
+    gap: np.ndarray = np.abs(a - b)
     return gap if gap.ndim == 1 else gap.max(axis=1)
 
 
@@ -112,22 +113,22 @@ def sensor_metrics(
 ) -> list[Metric]:
     """Level and dynamics of one sensor."""
     inf, grid = float("inf"), scale.grid[name]
-    def quantiles(s: Summary) -> np.ndarray: return np.column_stack([quantile(s, name, q) for q in (0.05, 0.5, 0.95)])
-    def skewness(s: Summary) -> np.ndarray: return s.power(name, 3) / np.maximum(s.spread(name), 1e-6) ** 3
+    def skewness(s: Summary) -> np.ndarray: return np.where(s.spread(name) > 1e-3, s.power(name, 3) / np.maximum(s.spread(name), 1e-3) ** 3, np.nan)
     return [
         Metric(f"{name} KS", "levels", f"distribution function of {name}, largest gap", "share", 1.0, lambda s: cdf(s, name), apart),
         Metric(f"{name} Wasserstein", "levels", f"distribution of {name}, how far its mass must be moved", "market sd", inf, lambda s: cdf(s, name),
                partial(_area, grid=grid)),
-        Metric(f"{name} mean", "levels", f"mean of {name}", "market sd", inf, lambda s: s.power(name, 1), apart, name),
-        Metric(f"{name} sd", "levels", f"standard deviation of {name}", "log ratio", inf, lambda s: s.spread(name), ratio_apart),
+        Metric(f"{name} mean", "levels", f"mean of {name}", "market sd", inf, lambda s: s.power(name, 1), apart, name, True),
+        *(Metric(f"{name} {q:.0%} quantile", "levels", f"{q:.0%} quantile of {name}", "market sd", inf, partial(quantile, name=name, q=q), apart, name, True)
+          for q in (0.05, 0.5, 0.95)),
+        Metric(f"{name} sd", "levels", f"standard deviation of {name}", "log ratio", inf, lambda s: s.spread(name), ratio_apart, name),
         Metric(f"{name} skewness", "levels", f"skewness (third standardised moment) of {name}", "", inf, skewness, apart),
-        Metric(f"{name} quantiles", "levels", f"5, 50 and 95 % quantiles of {name}", "market sd", inf, quantiles, apart),
         Metric(f"{name} memory", "dynamics", f"autocorrelation of {name} over a day", "correlation", 2.0,
                lambda s: s.correlation(name, f"{name} later"), apart),
         Metric(f"{name} reversal", "dynamics", f"autocorrelation of changes of {name} from step to step", "correlation", 2.0,
                lambda s: s.correlation(f"{name} move", f"{name} next move"), apart),
         Metric(f"{name} moves", "dynamics", f"standard deviation of changes of {name} per step", "log ratio", inf,
-               lambda s: s.spread(f"{name} move"), ratio_apart),
+               lambda s: s.spread(f"{name} move"), ratio_apart, f"{name} move"),
     ]
 
 # %% ../../nbs/40_universe/42b_metrics.ipynb #717f7e13
@@ -138,7 +139,8 @@ def return_metrics() -> list[Metric]:
         return (quantile(s, "return", 0.99) - quantile(s, "return", 0.01)) / np.maximum(quantile(s, "return", 0.75) - quantile(s, "return", 0.25), 1e-6)
     def kurtosis(s: Summary) -> np.ndarray: return s.power("return", 4) / np.maximum(s.power("return", 2), 1e-12) ** 2
     return [
-        Metric("return size", "returns", "standard deviation of returns over the root of time", "log ratio", inf, lambda s: s.spread("return"), ratio_apart),
+        Metric("return size", "returns", "standard deviation of returns over the root of time", "log ratio", inf, lambda s: s.spread("return"), ratio_apart,
+               "return"),
         Metric("return tails", "returns", "range from 1 to 99 % over the middle half of returns", "log ratio", inf, tails, ratio_apart),
         Metric("return kurtosis", "returns", "fourth standardised moment of returns", "log ratio", inf, kurtosis, ratio_apart),
         Metric("clustering, step", "returns", "autocorrelation of absolute returns from step to step", "correlation", 2.0,
@@ -189,6 +191,13 @@ def all_metrics(names: Sequence[str], scale: Scale, regimes: int = 0) -> list[Me
     return [*(m for name in names for m in sensor_metrics(name, scale)), *regime_metrics(regimes), *return_metrics(), *surface_metrics(names)]
 
 # %% ../../nbs/40_universe/42b_metrics.ipynb #ba3fdeaa
+def total_score(
+    families: dict[str, np.ndarray],  # (b,) each, above 0
+) -> np.ndarray:  # (b,)
+    """The geometric mean over families."""
+    return np.exp(np.mean(np.log(list(families.values())), axis=0))
+
+# %% ../../nbs/40_universe/42b_metrics.ipynb #3d78e749
 BAND = 0.95  # quantile of the market's distances from itself that closes a metric's band
 MOST = 10.0  # no metric counts for more
 
@@ -212,7 +221,7 @@ class Score:
 
     def total(self) -> np.ndarray:  # (b,)
         """The score of each deal."""
-        return np.mean(list(self.by_family().values()), axis=0)
+        return total_score(self.by_family())
 
 # %% ../../nbs/40_universe/42b_metrics.ipynb #bb45def2
 class _Measure:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,13 +17,15 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..units import NS_PER_DAY, NS_PER_YEAR, ConfigError, to_utc
-from ..vol.regimes import RegimeModel, RegimeParams, load_regime_model, named_transitions, step_ns, transition_matrix
+from ..vol.realized import from_candles, realized_vol
+from ..vol.regimes import IvTarget, RegimeModel, RegimeParams, iv_moments, iv_target, load_regime_model, named_transitions, step_ns, transition_matrix
 
 # %% auto #0
-__all__ = ['SpotPath', 'inline_model', 'path_model', 'draw_normals', 'walk_kernel', 'Paths', 'simulate_paths', 'Path',
-           'price_decimals', 'simulate_path']
+__all__ = ['PILOT_PATHS', 'PILOT_ROUNDS', 'PILOT_SEED', 'SpotPath', 'inline_model', 'path_model', 'draw_normals', 'walk_kernel',
+           'Paths', 'simulate_paths', 'simulated_moments', 'matched_model', 'Path', 'price_decimals', 'simulate_path',
+           'iv_departure']
 
-# %% ../../nbs/40_universe/41_paths.ipynb #202e2e0c
+# %% ../../nbs/40_universe/41_paths.ipynb #52b15c24
 class SpotPath(BaseModel):
     """Where spot starts and under which regimes it moves."""
 
@@ -36,6 +39,7 @@ class SpotPath(BaseModel):
     innovations: Literal["gaussian", "student_t", "bootstrap"] = Field("gaussian", description="distribution of the innovations")
     student_t_df: float = Field(5.0, gt=2, description="degrees of freedom of student_t; the variance stays 1")
     block_length: float = Field(8.0, ge=1, description="mean length of a bootstrap block, steps")
+    iv_target: IvTarget | None = Field(None, description="spread of IV and its tie to spot that paths are held to; none: the model's own, if any")
 
     @model_validator(mode="after")
     def _usable(self) -> SpotPath:
@@ -47,7 +51,7 @@ class SpotPath(BaseModel):
             raise ValueError(f"step {self.step!r} does not divide a day, so candles would drift; use 5min, 1h or 6h")
         return self
 
-# %% ../../nbs/40_universe/41_paths.ipynb #52b15c24
+# %% ../../nbs/40_universe/41_paths.ipynb #421ba17a
 def inline_model(
     spec: SpotPath,  # with its regimes written out
 ) -> RegimeModel:
@@ -55,16 +59,7 @@ def inline_model(
     matrix = transition_matrix(spec.regimes, spec.regime_transitions)
     return RegimeModel(regimes=spec.regimes, transitions=named_transitions([r.name for r in spec.regimes], matrix), step=spec.step)
 
-
-def path_model(
-    spec: SpotPath,
-) -> RegimeModel:  # at the step of the path
-    """The regimes that a path moves under. Raises `ConfigError` where they do not suffice."""
-    model = inline_model(spec) if spec.model is None else load_regime_model(spec.model).at_step(spec.step)
-    _check_model(model, spec)
-    return model
-
-
+# %% ../../nbs/40_universe/41_paths.ipynb #0c93a3b4
 def _check_model(model: RegimeModel, spec: SpotPath) -> None:
     silent = [r.name for r in model.regimes if r.vol is None]
     if silent:
@@ -79,24 +74,23 @@ def _check_model(model: RegimeModel, spec: SpotPath) -> None:
                               "give a model that was fitted from a harvest, or use student_t")
 
 # %% ../../nbs/40_universe/41_paths.ipynb #c644f513
-_LAYERS = 128
+def path_model(
+    spec: SpotPath,
+) -> RegimeModel:  # at the step of the path
+    """The regimes that a path moves under. Raises `ConfigError` where they do not suffice."""
+    model = inline_model(spec) if spec.model is None else load_regime_model(spec.model)
+    _check_model(model, spec)
+    target = spec.iv_target or iv_target(model)
+    return model.at_step(spec.step) if target is None else _matched(model.model_dump_json(), spec.model_dump_json(), target.model_dump_json())
 
 
-def _ziggurat() -> tuple[np.ndarray, np.ndarray]:
-    """Edges (129,) and ratios (128,) of the layers."""
-    r, v = 3.442619855899, 9.91256303526217e-3
-    x = np.zeros(_LAYERS + 1)
-    f = math.exp(-0.5 * r * r)
-    x[0], x[1] = v / f, r
-    for i in range(2, _LAYERS):
-        x[i] = math.sqrt(-2.0 * math.log(v / x[i - 1] + f))
-        f = math.exp(-0.5 * x[i] * x[i])
-    return x, x[1:] / x[:-1]
+@lru_cache(maxsize=64)
+def _matched(model: str, spec: str, target: str) -> RegimeModel:
+    """`matched_model` of JSON texts: hundreds of runs of one model share its pilot."""
+    path = SpotPath.model_validate_json(spec)
+    return matched_model(RegimeModel.model_validate_json(model).at_step(path.step), path, IvTarget.model_validate_json(target))
 
-
-_EDGE, _RATIO = _ziggurat()
-
-
+# %% ../../nbs/40_universe/41_paths.ipynb #db9c6d5b
 _GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN2, _GOLDEN3 = (np.uint64(n * 0x9E3779B97F4A7C15 % 2**64) for n in (2, 3))
 _TO_UNIT = 2.0**-52
@@ -115,11 +109,29 @@ def _path_counter(seed, number):
     """Where the counter of a path begins."""
     return _mix(_mix(np.uint64(seed) * _GOLDEN) ^ (np.uint64(number) * _MIX2))
 
-# %% ../../nbs/40_universe/41_paths.ipynb #dc59089d
+# %% ../../nbs/40_universe/41_paths.ipynb #dab9f17d
 @njit(cache=True, nogil=True, error_model="numpy")
 def _uniform_at(s):
     """Uniform on (0, 1)."""
     return ((_mix(s) >> np.uint64(12)) + 0.5) * _TO_UNIT
+
+# %% ../../nbs/40_universe/41_paths.ipynb #1a06dd68
+_LAYERS = 128
+
+
+def _ziggurat() -> tuple[np.ndarray, np.ndarray]:
+    """Edges (129,) and ratios (128,) of the layers."""
+    r, v = 3.442619855899, 9.91256303526217e-3
+    x = np.zeros(_LAYERS + 1)
+    f = math.exp(-0.5 * r * r)
+    x[0], x[1] = v / f, r
+    for i in range(2, _LAYERS):
+        x[i] = math.sqrt(-2.0 * math.log(v / x[i - 1] + f))
+        f = math.exp(-0.5 * x[i] * x[i])
+    return x, x[1:] / x[:-1]
+
+
+_EDGE, _RATIO = _ziggurat()
 
 # %% ../../nbs/40_universe/41_paths.ipynb #61ff4cbf
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -155,6 +167,15 @@ def _normal_at(s):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def draw_normals(seed, number, out):
+    """Fill `out` with the normals of one path's stream."""
+    s = _path_counter(seed, number)
+    for i in range(out.size):
+        s += _GOLDEN
+        out[i] = _normal_at(s)
+
+# %% ../../nbs/40_universe/41_paths.ipynb #77a7ccbd
+@njit(cache=True, nogil=True, error_model="numpy")
 def _gamma_at(s, shape):
     """Gamma variate of a shape of at least 1 (Marsaglia and Tsang, 2000), from a stream of its own."""
     d, s = shape - 1.0 / 3.0, _mix(s)
@@ -166,16 +187,16 @@ def _gamma_at(s, shape):
         if v > 0.0 and math.log(u) < 0.5 * x * x + d * (1.0 - v + math.log(v)):
             return d * v
 
+# %% ../../nbs/40_universe/41_paths.ipynb #14ca927b
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _drawn_regime(cumulative, row, u):
+    """The regime that a uniform number falls into, by a row of cumulated probabilities."""
+    regime = 0
+    while regime < cumulative.shape[1] - 1 and u > cumulative[row, regime]:
+        regime += 1
+    return regime
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def draw_normals(seed, number, out):
-    """Fill `out` with the normals of one path's stream."""
-    s = _path_counter(seed, number)
-    for i in range(out.size):
-        s += _GOLDEN
-        out[i] = _normal_at(s)
-
-# %% ../../nbs/40_universe/41_paths.ipynb #77a7ccbd
+# %% ../../nbs/40_universe/41_paths.ipynb #03909775
 @njit(cache=True, nogil=True, error_model="numpy")
 def _next_block(s, at, regime, pool_regime, follows, leave):
     """Row of the pool for this step: the next one of its block, or a new block of the regime."""
@@ -188,26 +209,32 @@ def _next_block(s, at, regime, pool_regime, follows, leave):
         if pool_regime[at] == regime:
             return at
 
-# %% ../../nbs/40_universe/41_paths.ipynb #49bd6c4a
+# %% ../../nbs/40_universe/41_paths.ipynb #6e307ff8
+@njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _innovations(s, tailed, shape):
+    """What moves spot, x and the skew: three normals; where tailed, Student's t with one tail for the first two."""
+    a, b, c = _normal_at(s + _GOLDEN), _normal_at(s + _GOLDEN2), _normal_at(s + _GOLDEN3)
+    if tailed:
+        fat = math.sqrt((shape - 1.0) / _gamma_at((s + _GOLDEN3) ^ _MIX2, shape))
+        a, b = a * fat, b * fat
+    return a, b, c
+
+# %% ../../nbs/40_universe/41_paths.ipynb #893be6f3
 @njit(cache=True, nogil=True, error_model="numpy")
 def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi_iv, sigma_iv, phi_skew, sigma_skew, corr, beta, log_m, window, kind,
                 shape, pool, pool_regime, follows, leave, out_regime, out_log, out_x, out_y):
-    """Paths `first`, `first + 1`, ...; outputs (paths, records), a record every `every` steps after `burn` steps. kind: 0 normal, 1 t, 2 pool."""
-    k, step_drift, step_vol, tilt = vol.size, (drift - 0.5 * vol**2) * dt, vol * math.sqrt(dt), np.sqrt(1.0 - corr**2)
+    """Paths `first`, `first + 1`, ...; outputs (paths, records), a record every `every` steps after `burn` steps."""
+    step_drift, step_vol, tilt = (drift - 0.5 * vol**2) * dt, vol * math.sqrt(dt), np.sqrt(1.0 - corr**2)
     squares, follows_rv = np.empty(window), (beta != 0.0).any()
     for p in range(out_log.shape[0]):
         s = _path_counter(seed, first + p)
-        regime, log_spot, x, y, at = 0, 0.0, 0.0, 0.0, -1
-        while regime < k - 1 and _uniform_at(s) > start[regime]:
-            regime += 1
+        regime, log_spot, x, y, at = _drawn_regime(start.reshape(1, -1), 0, _uniform_at(s)), 0.0, 0.0, 0.0, -1
         squares[:] = step_vol[regime] ** 2
         total, oldest = squares.sum(), 0
         for record in range(-1, out_log.shape[1]):
             for _ in range(burn if record < 0 else every):
                 s += _GOLDEN
-                u, new = _uniform_at(s), 0
-                while new < k - 1 and u > cumulative[regime, new]:
-                    new += 1
+                new = _drawn_regime(cumulative, regime, _uniform_at(s))
                 x += log_m[regime] - log_m[new]
                 regime = new
                 if kind == 2:
@@ -215,12 +242,9 @@ def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi
                     at = _next_block(s, at, regime, pool_regime, follows, leave)
                     a, b, c = pool[at, 0], pool[at, 1], pool[at, 2]
                 else:
-                    a, b, c = _normal_at(s + _GOLDEN), _normal_at(s + _GOLDEN2), _normal_at(s + _GOLDEN3)
+                    a, b, c = _innovations(s, kind == 1, shape)
                     s += _GOLDEN3
-                    b = corr[regime] * a + tilt[regime] * b
-                    if kind == 1:
-                        fat = math.sqrt((shape - 1.0) / _gamma_at(s ^ _MIX2, shape))
-                        a, b = a * fat, b * fat
+                b = corr[regime] * a + tilt[regime] * b
                 move = step_drift[regime] + step_vol[regime] * a
                 log_spot += move
                 if follows_rv:
@@ -235,7 +259,7 @@ def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi
             else:
                 out_regime[p, record], out_log[p, record], out_x[p, record], out_y[p, record] = regime, log_spot, x, y
 
-# %% ../../nbs/40_universe/41_paths.ipynb #14ca927b
+# %% ../../nbs/40_universe/41_paths.ipynb #a88033b2
 @dataclass(frozen=True)
 class Paths:
     """Many paths; arrays of (paths, records)."""
@@ -245,22 +269,39 @@ class Paths:
     iv: np.ndarray  # x = ln(IV / (RV m))
     skew: np.ndarray  # deviation of the 25-delta skew over ATM IV
 
+# %% ../../nbs/40_universe/41_paths.ipynb #2b0f9b59
+def _log_multipliers(model: RegimeModel) -> np.ndarray:
+    """ln m of each regime; zeros where the surface decides for one of them."""
+    found = [r.multiplier() for r in model.regimes]
+    return np.log(np.array(found, dtype=np.float64)) if all(found) else np.zeros(len(found))
 
+# %% ../../nbs/40_universe/41_paths.ipynb #f38ce847
+def _pool(model: RegimeModel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Residuals (n, 3) as the kernel wants them, their regime, and whether each follows the row before."""
+    held = model.residuals or {"regime": (), "follows": (), "spot": (), "iv": (), "skew": ()}
+    pool = np.column_stack([np.array(held[n], dtype=np.float64) for n in ("spot", "iv", "skew")])
+    regime = np.array(held["regime"], dtype=np.int64)
+    for r in np.unique(regime):
+        rows = pool[regime == r]
+        own = rows - rows.mean(axis=0)
+        own[:, 1] -= own[:, 0] * (own[:, 0] @ own[:, 1]) / max(own[:, 0] @ own[:, 0], 1e-12)
+        pool[regime == r, 1:] = own[:, 1:] / np.maximum(own[:, 1:].std(axis=0), 1e-9)
+    return pool, regime, np.array(held["follows"], dtype=bool)
+
+# %% ../../nbs/40_universe/41_paths.ipynb #2842eb4a
 def _arguments(model: RegimeModel, spec: SpotPath, rv_window_days: float) -> tuple:
     """Arrays of the kernel."""
     def column(name: str) -> np.ndarray:
         return np.array([getattr(r, name) for r in model.regimes], dtype=np.float64)
     start = np.cumsum([1.0 if n == spec.start_regime else 0.0 for n in model.names] if spec.start_regime else list(model.stationary().values()))
-    log_m = np.log([r.multiplier() or 1.0 for r in model.regimes]) if all(r.multiplier() for r in model.regimes) else np.zeros(len(model.regimes))
+    log_m = _log_multipliers(model)
     kind = ("gaussian", "student_t", "bootstrap").index(spec.innovations)
-    held = model.residuals if kind == 2 and model.residuals is not None else {"regime": (), "follows": (), "spot": (), "iv": (), "skew": ()}
-    pool = np.column_stack([np.array(held[n], dtype=np.float64) for n in ("spot", "iv", "skew")])
     columns = [column(n) for n in ("drift", "vol", "phi_iv", "residual_sigma_iv", "phi_skew", "sigma_skew", "spot_iv_corr", "iv_rv_beta")]
     window = max(2, int(round(rv_window_days * NS_PER_DAY / step_ns(spec.step))))
-    return (step_ns(spec.step) / NS_PER_YEAR, start, model.matrix.cumsum(axis=1), *columns, log_m, window, kind, 0.5 * spec.student_t_df, pool,
-            np.array(held["regime"], dtype=np.int64), np.array(held["follows"], dtype=bool), 1.0 / spec.block_length)
+    return (step_ns(spec.step) / NS_PER_YEAR, start, model.matrix.cumsum(axis=1), *columns, log_m, window, kind, 0.5 * spec.student_t_df,
+            *_pool(model), 1.0 / spec.block_length)
 
-# %% ../../nbs/40_universe/41_paths.ipynb #0103f0ac
+# %% ../../nbs/40_universe/41_paths.ipynb #e80d33d4
 def simulate_paths(
     spec: SpotPath,
     paths: int,
@@ -275,8 +316,13 @@ def simulate_paths(
     """Many paths under one spec. Path `first + i` does not depend on how many there are. Raises `ConfigError`."""
     if paths < 1 or steps < 1 or every < 1 or steps % every:
         raise ConfigError(f"{paths} paths of {steps} steps kept every {every} make no records; give positive numbers, steps a multiple of every")
-    arguments = _arguments(path_model(spec), spec, rv_window_days)
-    shape = (paths, steps // every)
+    return _walk(path_model(spec), spec, paths, steps, seed, every, burn, first, threads, rv_window_days)
+
+# %% ../../nbs/40_universe/41_paths.ipynb #ea95cff6
+def _walk(model: RegimeModel, spec: SpotPath, paths: int, steps: int, seed: int, every: int, burn: int, first: int, threads: int,
+          rv_window_days: float) -> Paths:
+    """`simulate_paths` under a model at the path's step."""
+    arguments, shape = _arguments(model, spec, rv_window_days), (paths, steps // every)
     out = Paths(np.empty(shape, np.int8), np.empty(shape), np.empty(shape), np.empty(shape))
     edges = np.linspace(0, paths, min(threads, paths) + 1).astype(int)
 
@@ -287,6 +333,65 @@ def simulate_paths(
     with ThreadPoolExecutor(len(edges) - 1) as pool:
         list(pool.map(part, edges[:-1], edges[1:]))
     return out
+
+# %% ../../nbs/40_universe/41_paths.ipynb #b15bc93e
+def simulated_moments(
+    model: RegimeModel,  # at the step of the spec
+    spec: SpotPath,
+    paths: int,
+    records: int,  # per path
+    seed: int = 0,
+    spacing: str | None = None,  # of the records; None: the step
+    rv_window_days: float = 7.0,
+) -> pd.DataFrame:  # a row of `iv_moments` per path
+    """What paths show of IV where they are looked at as seldom as the market was."""
+    every = max(1, round(step_ns(spacing or spec.step) / step_ns(spec.step)))
+    window = max(2, int(round(rv_window_days * NS_PER_DAY / step_ns(spec.step))))
+    found = _walk(model, spec, paths, records * every + window, seed, 1, 100 * every, 0, 2, rv_window_days)
+    total = np.cumsum(np.diff(found.log_return, axis=1, prepend=0.0) ** 2, axis=1)
+    log_rv = 0.5 * np.log((total[:, window:] - total[:, :-window])[:, ::every])
+    x, regime, spot = (a[:, window::every] for a in (found.iv, found.regime, found.log_return))
+    log_iv, returns, linked = log_rv + _log_multipliers(model)[regime] + x, np.diff(spot, axis=1, prepend=np.nan), np.ones(x.shape[1], dtype=bool)
+    return pd.DataFrame([m for row in zip(x, log_iv, returns, strict=True) if (m := iv_moments(*row, linked)) is not None])
+
+# %% ../../nbs/40_universe/41_paths.ipynb #2ee4f486
+PILOT_PATHS, PILOT_ROUNDS, PILOT_SEED = 100, 5, 20
+
+
+def _scaled(r: RegimeParams, left: float, lean: float) -> RegimeParams:
+    """The regime with its IV innovation and its correlation times a factor; IV that must wander less follows RV more."""
+    beta = r.iv_rv_beta * min(1.0, math.sqrt(left))
+    sigma = math.hypot(left * r.residual_sigma_iv, beta * r.sigma_log_rv)
+    corr = float(np.clip(lean * r.spot_iv_corr, -0.95, 0.95))
+    return r.model_copy(update={"sigma_iv": sigma, "iv_rv_beta": beta, "spot_iv_corr": corr})
+
+
+def _next_factor(tried: list[tuple[float, float]], target: float) -> float:
+    """Squared factor that would hit the target's variance, by the secant of the last two tries (squared factor, variance)."""
+    (a, u), (b, v) = tried[-2:] if len(tried) > 1 else [(0.0, 0.0), tried[0]]
+    slope = (v - u) / (b - a) if abs(b - a) > 1e-9 else math.inf
+    return float(np.clip(b + (target - v) / slope if slope > 0 else b, 0.04, 9.0))
+
+# %% ../../nbs/40_universe/41_paths.ipynb #6df5d809
+def matched_model(
+    model: RegimeModel,  # at the step of the spec
+    spec: SpotPath,  # its innovations count
+    target: IvTarget,
+) -> RegimeModel:
+    """The model whose paths show the target's spread of x and correlation of spot and IV."""
+    free = spec.model_copy(update={"start_regime": None})
+    square, lean, best = 1.0, 1.0, model
+    tried: list[tuple[float, float]] = []
+    for _ in range(PILOT_ROUNDS):
+        best = model.model_copy(update={"regimes": tuple(_scaled(r, math.sqrt(square), lean) for r in model.regimes)})
+        found = simulated_moments(best, free, PILOT_PATHS, target.records, PILOT_SEED, target.spacing)
+        if found.empty:
+            return model
+        tried.append((square, found["iv_deviation"].mean() ** 2))
+        square = _next_factor(tried, target.iv_deviation**2)
+        ratio = target.spot_iv_correlation / found["spot_iv_correlation"].mean()
+        lean = float(np.clip(lean * ratio, 0.5, 2.0)) if ratio > 0 else 1.0
+    return best
 
 # %% ../../nbs/40_universe/41_paths.ipynb #52790afe
 @dataclass(frozen=True)
@@ -301,33 +406,35 @@ class Path:
     candles: pd.DataFrame  # timestamp (opening time), open, high, low, close
     model: RegimeModel  # at the step of the path
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #a8ff5d2d
 def price_decimals(
     price: float,  # USD
 ) -> int:
     """Decimals of an index price: two for BTC and ETH, more for small coins."""
     return int(np.clip(6 - math.floor(math.log10(price)), 2, 8)) if price < 1000 else 2
 
-# %% ../../nbs/40_universe/41_paths.ipynb #998d770d
+# %% ../../nbs/40_universe/41_paths.ipynb #57f33670
 def simulate_path(
     spec: SpotPath,
     start: Any,  # opening time of the first step
     steps: int,
     seed: int,
     rv_window_days: float = 7.0,  # as `simulate_paths`
+    anchor: int = 0,  # steps after which spot stands at start_spot
 ) -> Path:
     """Path number 0 with its candles. The same seed gives the same numbers."""
     model, ns = path_model(spec), step_ns(spec.step)
-    one = simulate_paths(spec, 1, steps, seed, threads=1, rv_window_days=rv_window_days)
+    one = _walk(model, spec, 1, steps, seed, 1, 0, 0, 1, rv_window_days)
     regime, digits = one.regime[0].astype(np.int64), price_decimals(spec.start_spot)
-    spot = np.round(spec.start_spot * np.exp(one.log_return[0]), digits)
+    first = spec.start_spot * math.exp(-one.log_return[0, anchor - 1]) if anchor else spec.start_spot
+    spot = np.round(first * np.exp(one.log_return[0]), digits)
     opened = to_utc(start).as_unit("ns").value + ns * np.arange(steps)
     vol = np.array([r.vol for r in model.regimes], dtype=np.float64)
     reach = np.random.Generator(np.random.PCG64(seed)).random((steps, 2))
-    candles = _candles(opened, np.append(np.round(spec.start_spot, digits), spot), vol[regime] ** 2 * (ns / NS_PER_YEAR), reach, digits)
+    candles = _candles(opened, np.append(np.round(first, digits), spot), vol[regime] ** 2 * (ns / NS_PER_YEAR), reach, digits)
     return Path(opened + ns, regime, spot, one.iv[0], one.skew[0], candles, model)
 
-
+# %% ../../nbs/40_universe/41_paths.ipynb #c0a24556
 def _candles(opened: np.ndarray, price: np.ndarray, variance: np.ndarray, uniform: np.ndarray, digits: int) -> pd.DataFrame:
     """Candles with the high and low of a Brownian bridge."""
     a, b = np.log(price[:-1]), np.log(price[1:])
@@ -336,3 +443,30 @@ def _candles(opened: np.ndarray, price: np.ndarray, variance: np.ndarray, unifor
     body = np.stack([price[:-1], price[1:]])
     return pd.DataFrame({"timestamp": pd.to_datetime(opened, utc=True), "open": price[:-1], "high": np.maximum(high, body.max(axis=0)),
                          "low": np.minimum(low, body.min(axis=0)), "close": price[1:]})
+
+# %% ../../nbs/40_universe/41_paths.ipynb #8a502b70
+@njit(cache=True, nogil=True, error_model="numpy")
+def _leaky_sum(moves, keep, out):
+    """out[i] = keep[i] x (out[i - 1] + moves[i])."""
+    held = 0.0
+    for i in range(out.size):
+        held = keep[i] * (held + moves[i])
+        out[i] = held
+
+# %% ../../nbs/40_universe/41_paths.ipynb #bc817467
+def iv_departure(
+    path: Path,
+    rv_window_days: float | None = 7.0,  # None: the level does not follow realized vol
+) -> np.ndarray:  # (n,) of ln IV from its recent mean; zeros without `iv_fade`
+    """Departure of 7-day IV that later maturities do not follow in full."""
+    out, fade = np.zeros(path.spot.size), np.array([r.iv_fade for r in path.model.regimes])
+    if not fade.any():
+        return out
+    step = step_ns(path.model.step)
+    moves = np.diff(path.iv_noise + _log_multipliers(path.model)[path.regime], prepend=path.iv_noise[0])
+    if rv_window_days is not None:
+        window = int(round(rv_window_days * NS_PER_DAY / step))
+        moves += np.diff(np.log(np.maximum(realized_vol(from_candles(path.candles), path.time_ns, rv_window_days).rv, 1e-6)), prepend=0.0)
+        moves[:window + 1] = 0.0  # a window that is still filling
+    _leaky_sum(moves, np.exp(-fade[path.regime] * step / NS_PER_DAY), out)
+    return out

@@ -10,13 +10,14 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ..calibration.config import Asset, ConfigPart, UtcTime
+from ..calibration.config import Asset, JobParameters, UtcTime
 from ..market.chain import normalize_chain
 from ..market.quality import DataQuality, DataQualityStatus, assess_window
 from ..market.store import SnapshotRef, Store, group_by_day, select_snapshots
@@ -36,9 +37,23 @@ from ..vol.sensors import SensorTable, harvest_sensor_table
 log = logging.getLogger("volcal.realism")
 
 # %% auto #0
-__all__ = ['log', 'WARMUP_DAYS', 'FIT_SHARE', 'ARBITRAGE_SNAPSHOTS', 'RealismResult', 'realism_summary', 'Effort', 'judge_sides',
-           'RealismParameters', 'Harvest', 'harvest_quality', 'load_harvest', 'require_same_asset', 'chosen_config',
-           'arbitrage_rate', 'arbitrage_reading', 'verdict', 'baseline_runs', 'realism_check', 'refused']
+__all__ = ['log', 'WARMUP_DAYS', 'FIT_SHARE', 'ARBITRAGE_SNAPSHOTS', 'RealismResult', 'realism_from_json', 'realism_summary',
+           'Effort', 'judge_sides', 'RealismParameters', 'Harvest', 'harvest_quality', 'load_harvest',
+           'require_same_asset', 'given_universe', 'chosen_config', 'arbitrage_rate', 'arbitrage_reading', 'verdict',
+           'baseline_runs', 'realism_check', 'refused']
+
+# %% ../../nbs/40_universe/43_realism.ipynb #abca292f
+def _plain_value(value: Any) -> Any:
+    """Something that JSON can hold."""
+    if isinstance(value, Reading | Standing):
+        return {f.name: _plain_value(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain_value(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain_value(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
 
 # %% ../../nbs/40_universe/43_realism.ipynb #a8000332
 @dataclass(frozen=True)
@@ -69,42 +84,44 @@ class RealismResult:
     data_quality: dict[str, Any] | None = None
     reproducibility: dict[str, Any] = field(default_factory=dict)
     market: pd.DataFrame | None = field(default=None, repr=False)  # judged rows; not in `to_dict`
-    synthetic: pd.DataFrame | None = field(default=None, repr=False)
+    runs: list[pd.DataFrame] = field(default_factory=list, repr=False)  # of the universe; the first is from whole chains
     null_scores: np.ndarray | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; NaN becomes None."""
-        return {f.name: _plain_value(getattr(self, f.name)) for f in fields(self) if f.name not in ("market", "synthetic", "null_scores")}
+        return {f.name: _plain_value(getattr(self, f.name)) for f in fields(self) if f.name not in ("market", "runs", "null_scores")}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-# %% ../../nbs/40_universe/43_realism.ipynb #abca292f
-def _plain_value(value: Any) -> Any:
-    """Something that JSON can hold."""
-    if isinstance(value, Reading | Standing):
-        return {f.name: _plain_value(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, dict):
-        return {str(k): _plain_value(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain_value(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
 # %% ../../nbs/40_universe/43_realism.ipynb #586c6028
+def realism_from_json(
+    path: str | Path,  # a result file
+) -> RealismResult:
+    """The result that a job left, without frames."""
+    told = json.loads(Path(path).read_text(encoding="utf-8"))
+    def side(value: dict[str, Any] | None) -> Standing | None: return None if value is None else Standing(**value)
+    told |= {n: side(told[n]) for n in ("universe", "market_itself")}
+    told["baselines"] = {n: Standing(**v) for n, v in told["baselines"].items()}
+    return RealismResult(**{**told, "metrics": [Reading(**m) for m in told["metrics"]]})
+
+# %% ../../nbs/40_universe/43_realism.ipynb #d1482be0
 def realism_summary(result: RealismResult) -> str:
     """The result in lines for a terminal."""
     def number(x: float | None) -> str: return "-" if x is None else f"{x:.2f}"
     def line(name: str, text: str) -> str: return f"{name:<22}{text}"
-    lines = [line("underlying", f"{result.underlying}, {result.snapshots} snapshots, {result.start} to {result.end}"),
-             line("realism score", f"{number(result.realism_score)} ({number(result.score_low)} to {number(result.score_high)})")]
-    if result.market_itself is not None:
-        lines += [line("  market itself", number(result.market_itself.score)), line("  model itself", f"{number(result.model_itself.get('median'))}, p of "
-                  f"the market {number(result.p_value)}: {'told apart' if result.rejected else 'not told apart'}")]
+    if result.market_itself is None:
+        return "\n".join([line("underlying", result.underlying), line("status", result.status.upper()), line("reason", result.reason)])
+    told = "told apart from runs of the model" if result.rejected else "not told apart from runs of the model"
+    lines = [line("underlying", f"{result.underlying}, {result.snapshots:,} snapshots, {str(result.start)[:16]} to {str(result.end)[:16]} UTC"),
+             line("realism score", f"{number(result.realism_score)} ({number(result.score_low)} to {number(result.score_high)}); the market is {told} "
+                  f"(p {number(result.p_value)})"),
+             line("  market itself", number(result.market_itself.score)), line("  model itself", number(result.model_itself.get("median")))]
     lines += [line(f"  {name}", number(s.score)) for name, s in result.baselines.items()]
-    lines += [line("mismatches" if i == 0 else "", f"{i + 1}. {text}") for i, text in enumerate(result.diagnostics[:6])]
-    return "\n".join([*lines, line("status", result.status.upper()), line("reason", result.reason)])
+    found = [f"{i}. {text}" for i, text in enumerate(result.diagnostics[:6], 1)] or ["none: every metric lies inside the market's own band"]
+    lines += [line("mismatches" if i == 0 else "", text) for i, text in enumerate(found)]
+    left = [line("left out", ", ".join(result.left_out))] if result.left_out else []
+    return "\n".join([*lines, *left, line("status", result.status.upper()), line("reason", result.reason)])
 
 # %% ../../nbs/40_universe/43_realism.ipynb #4fc25b66
 @dataclass(frozen=True)
@@ -115,6 +132,33 @@ class Effort:
     pairs: int = 100  # of the model's null
     seeds: int = 10  # runs of the universe
     baseline_seeds: int = 5
+
+# %% ../../nbs/40_universe/43_realism.ipynb #d9f74d38
+def _null_summary(null: Null, score: float) -> dict[str, float]:
+    """Where the pairs of runs lie, and this run among them."""
+    known = null.auc[np.isfinite(null.auc)]
+    told = {"auc_median": float(np.median(known)), "auc_95": float(np.quantile(known, 0.95))} if known.size else {}
+    return {"median": float(np.median(null.score)), "low": float(np.quantile(null.score, 0.05)), "pairs": float(len(null.score)), "this_run": score, **told}
+
+
+def _told_apart(null: Null, universe: Standing) -> list[str]:
+    """The learner's finding, where it lies beyond the model's own."""
+    known = null.auc[np.isfinite(null.auc)]
+    if universe.auc is None or not known.size or universe.auc <= np.quantile(known, 0.95):
+        return []
+    return [f"a learner tells two-day windows of the synthetic market from real ones with AUC {universe.auc:.2f}, two runs of the model with "
+            f"{np.median(known):.2f} (95 %: {np.quantile(known, 0.95):.2f})"]
+
+# %% ../../nbs/40_universe/43_realism.ipynb #0a6b400d
+def _regime_tables(judge: Judge, runs: Sequence[Rows]) -> dict[str, Any]:
+    """Occupancy and transitions of the market, and means over the runs."""
+    k, sides = len(judge.labeller.names), {"market": [judge.stick.market], "synthetic": runs}
+    if not k:
+        return {}
+    found = {side: [Summary(r, judge.stick.scale, np.ones((1, len(r))), k) for r in rows] for side, rows in sides.items()}
+    def mean(of: Callable[[Summary], np.ndarray], side: str) -> np.ndarray: return np.nanmean([of(s)[0] for s in found[side]], axis=0)
+    return {"names": list(judge.labeller.names), "occupancy": {s: mean(occupancy, s).tolist() for s in sides},
+            "transitions": {s: mean(transitions, s).reshape(k, k).tolist() for s in sides}}
 
 # %% ../../nbs/40_universe/43_realism.ipynb #a74aef48
 def judge_sides(
@@ -130,51 +174,27 @@ def judge_sides(
     """All that is measured. Raises `NoUsableDataError`."""
     names, left_out = comparable_sensors(market, synthetic)
     judge = Judge(market, names, effort.samples, seed)
-    rows, earlier = judge.rows(synthetic), None if before is None else judge.rows(before)
+    earlier = None if before is None else judge.rows(before)
     null = model_null(judge, simulate, effort.pairs, seed, progress)
-    runs = [rows, *(judge.rows(simulate(seed + 1 + i)) for i in range(effort.seeds - 1))]
-    universe, auc = standing(judge, runs), judge.auc(rows)
-    score = pair_score(judge, rows, auc)
-    found, drift = readings(judge, rows, earlier), judge.stick.score_drift(earlier)
+    frames = [synthetic, *(simulate(seed + 1 + i) for i in range(effort.seeds - 1))]
+    runs = [judge.rows(f) for f in frames]
+    universe, auc = standing(judge, runs), judge.auc(runs[0])
+    score = pair_score(judge, runs[0], auc)
+    found, drift = readings(judge, runs, earlier), judge.stick.score_drift(earlier)
     p = null.p_value(score, auc)
     return {
         "realism_score": universe.score, "score_low": universe.low, "score_high": universe.high, "p_value": p, "rejected": p <= 0.05, "universe": universe,
         "market_itself": market_standing(judge), "market_drift": {**{f: float(v[0]) for f, v in drift.by_family().items()}, "score": float(drift.total()[0])},
         "model_itself": _null_summary(null, score), "metrics": found,
-        "diagnostics": _told_apart(null, universe) + diagnose(found, judge, rows, market, synthetic),
+        "diagnostics": _told_apart(null, universe) + diagnose(found, judge, runs, market, pd.concat(frames, ignore_index=True)),
         "baselines": {n: standing(judge, [judge.rows(run(seed + 50 + i)) for i in range(effort.baseline_seeds)]) for n, run in baselines.items()},
-        "sensors": names, "left_out": left_out, "regimes": _regime_tables(judge, rows), "market": market, "synthetic": synthetic, "null_scores": null.score}
-
-# %% ../../nbs/40_universe/43_realism.ipynb #106e5834
-def _null_summary(null: Null, score: float) -> dict[str, float]:
-    known = null.auc[np.isfinite(null.auc)]
-    told = {"auc_median": float(np.median(known)), "auc_95": float(np.quantile(known, 0.95))} if known.size else {}
-    return {"median": float(np.median(null.score)), "low": float(np.quantile(null.score, 0.05)), "pairs": float(len(null.score)), "this_run": score, **told}
-
-
-def _told_apart(null: Null, universe: Standing) -> list[str]:
-    """The learner's finding, where it lies beyond the model's own."""
-    known = null.auc[np.isfinite(null.auc)]
-    if universe.auc is None or not known.size or universe.auc <= np.quantile(known, 0.95):
-        return []
-    return [f"a learner tells two-day windows of the synthetic market from real ones with AUC {universe.auc:.2f}, two runs of the model with "
-            f"{np.median(known):.2f} (95 %: {np.quantile(known, 0.95):.2f})"]
-
-
-def _regime_tables(judge: Judge, rows: Rows) -> dict[str, Any]:
-    """Occupancy and transitions of both sides."""
-    k, sides = len(judge.labeller.names), {"market": judge.stick.market, "synthetic": rows}
-    if not k:
-        return {}
-    found = {side: Summary(r, judge.stick.scale, np.ones((1, len(r))), k) for side, r in sides.items()}
-    return {"names": list(judge.labeller.names), "occupancy": {s: occupancy(x)[0].tolist() for s, x in found.items()},
-            "transitions": {s: transitions(x)[0].reshape(k, k).tolist() for s, x in found.items()}}
+        "sensors": names, "left_out": left_out, "regimes": _regime_tables(judge, runs), "market": market, "runs": frames, "null_scores": null.score}
 
 # %% ../../nbs/40_universe/43_realism.ipynb #995f48e1
 WARMUP_DAYS, FIT_SHARE = 45.0, 0.7
 
 
-class RealismParameters(ConfigPart):
+class RealismParameters(JobParameters):
     """What `volcal realism-check` takes."""
 
     underlying: Asset = Field("BTC", description="asset: BTC, ETH, SOL_USDC")
@@ -188,17 +208,14 @@ class RealismParameters(ConfigPart):
     samples: int = Field(200, ge=20, le=5000, description="deals of the market's blocks")
     pairs: int = Field(100, ge=20, le=5000, description="pairs of the model's own runs")
 
-    @field_validator("model", "config", "start", "end", "days", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return None if value == "" else value
-
     @model_validator(mode="after")
     def _one_of(self) -> RealismParameters:
         if self.model is not None and self.config is not None:
             raise ValueError("model and config are both given, so it is unclear which universe is meant; give one of them")
         if self.start is not None and self.days is not None:
             raise ValueError("start and days are both given and may disagree; give one of them")
+        if self.start is not None and self.end is not None and self.start >= self.end:
+            raise ValueError(f"start is {self.start:%Y-%m-%d %H:%M} and end {self.end:%Y-%m-%d %H:%M}, so the window is empty; swap them")
         return self
 
 # %% ../../nbs/40_universe/43_realism.ipynb #7168ecbc
@@ -216,7 +233,7 @@ class Harvest:
     def judged(self) -> pd.DataFrame:
         return self.table.frame.iloc[self.clock.first:].reset_index(drop=True)
 
-
+# %% ../../nbs/40_universe/43_realism.ipynb #6ae78bdc
 def harvest_quality(store: Store, refs: list[SnapshotRef]) -> DataQuality:
     """Judge the snapshots of the window, as of its end."""
     parts, failures = [], []
@@ -228,32 +245,37 @@ def harvest_quality(store: Store, refs: list[SnapshotRef]) -> DataQuality:
     frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return assess_window(frame, failures, refs[0].time, refs[-1].time, as_of=refs[-1].time)
 
-# %% ../../nbs/40_universe/43_realism.ipynb #6ae78bdc
+# %% ../../nbs/40_universe/43_realism.ipynb #64897240
 def _price_kind(source: str) -> str:
     """What the harvest's realized vol is made of, as a `Clock` says it."""
     return "candles" if source.startswith(("history", "price_history")) else "index_price" if source.startswith("index") else "forwards"
 
-# %% ../../nbs/40_universe/43_realism.ipynb #5b0ed4b1
+
+def _window_refs(store: Store, p: RealismParameters) -> tuple[pd.Timestamp | None, list[SnapshotRef]]:
+    """Start of the window, None for the oldest, and its snapshots. Raises `NoUsableDataError` where there is none."""
+    start = to_utc(p.start) if p.start is not None else None
+    if p.days is not None:
+        newest = store.find(p.underlying, None, p.end)
+        start = None if not newest else newest[-1].time - pd.Timedelta(days=p.days)
+    refs = store.find(p.underlying, start, p.end)
+    if not refs:
+        raise NoUsableDataError(f"no snapshot of {p.underlying} in {p.data_dir} between {start or 'the oldest'} and {p.end or 'the newest'}, so there is no "
+                                "market to compare with; choose another window, asset or root")
+    return start, refs
+
+# %% ../../nbs/40_universe/43_realism.ipynb #ad1c4c8d
 def load_harvest(
     p: RealismParameters,
     hold_out: bool = False,  # judge only the last 30 %
 ) -> Harvest:
     """The market's side. Raises `StoreError`, or `NoUsableDataError` for an empty or failed window."""
     store = Store(p.data_dir)
-    end = p.end
-    start = to_utc(p.start) if p.start is not None else None
-    if p.days is not None:
-        newest = store.find(p.underlying, None, end)
-        start = None if not newest else newest[-1].time - pd.Timedelta(days=p.days)
-    refs = store.find(p.underlying, start, end)
-    if not refs:
-        raise NoUsableDataError(f"no snapshot of {p.underlying} in {p.data_dir} between {start or 'the oldest'} and {end or 'the newest'}, so there is no "
-                                "market to compare with; choose another window, asset or root")
+    start, refs = _window_refs(store, p)
     quality = harvest_quality(store, refs)
     if quality.status == DataQualityStatus.failed:
         raise NoUsableDataError(f"the harvest's quality is failed, so a score would mean nothing: {'; '.join(i.sentence for i in quality.issues[:3])}; "
                                 "repair the harvest or choose another window")
-    table = harvest_sensor_table(store, p.underlying, None if start is None else start - pd.Timedelta(days=WARMUP_DAYS), end)
+    table = harvest_sensor_table(store, p.underlying, None if start is None else start - pd.Timedelta(days=WARMUP_DAYS), p.end)
     first = 0 if start is None else int(np.searchsorted(epoch_ns(table.frame["time"]), start.as_unit("ns").value))
     split = first + int(FIT_SHARE * (len(table.frame) - first)) if hold_out else first
     clock = Clock(p.underlying, pd.DatetimeIndex(table.frame["time"]), split, _price_kind(table.price_source))
@@ -272,19 +294,31 @@ def require_same_asset(
                           f"build regimes of {underlying}, or check with --underlying {said}")
 
 # %% ../../nbs/40_universe/43_realism.ipynb #904b938b
-def chosen_config(p: RealismParameters, harvest: Harvest) -> tuple[SyntheticConfig, list[str]]:  # what to simulate; notes
-    """The universe that is judged. Raises `ConfigError` or `FitError`."""
-    spot = float(harvest.judged["spot"].dropna().iloc[0])
+def given_universe(p: RealismParameters) -> SyntheticConfig | RegimeModel | None:  # None: to be fitted
+    """What the parameters ask to judge, before any data is read. Raises `ConfigError`."""
     if p.config is not None:
         config = load_synthetic_config(p.config)
         require_same_asset(config.asset, p.underlying, f"config {p.config}")
-        return config, []
+        return config
     if p.model is not None:
         model = load_regime_model(p.model)
         require_same_asset(model.provenance.get("asset", model.provenance.get("underlying")), p.underlying, f"model {p.model}")
-        return model_config(model, p.underlying, spot, step=harvest.clock.step), _in_sample(model, harvest)
-    fitted = baseline_configs(harvest.table.frame.iloc[: harvest.fit_rows], p.underlying, p.seed, harvest.clock.step)["fitted here"]
-    return fitted, []
+        return model
+    return None
+
+# %% ../../nbs/40_universe/43_realism.ipynb #589d5390
+def chosen_config(
+    given: SyntheticConfig | RegimeModel | None,
+    harvest: Harvest,
+    seed: int,
+) -> tuple[SyntheticConfig, list[str]]:  # what to simulate; notes
+    """The universe that is judged. Raises `ConfigError` or `FitError`."""
+    if isinstance(given, SyntheticConfig):
+        return given, []
+    asset, spot = harvest.clock.asset, float(harvest.judged["spot"].dropna().iloc[0])
+    if given is not None:
+        return model_config(given, asset, spot, step=harvest.clock.step), _in_sample(given, harvest)
+    return baseline_configs(harvest.table.frame.iloc[: harvest.fit_rows], asset, seed, harvest.clock.step)["fitted here"], []
 
 # %% ../../nbs/40_universe/43_realism.ipynb #8b0331b8
 def _in_sample(model: RegimeModel, harvest: Harvest) -> list[str]:
@@ -337,7 +371,7 @@ def verdict(harvest: Harvest, sensors: int) -> tuple[str, list[str]]:  # status,
         reasons.append(f"the harvest's quality is degraded: {worst.split(': /')[0]}")
     return ("degraded" if reasons else "ok"), reasons
 
-
+# %% ../../nbs/40_universe/43_realism.ipynb #e73e2862
 def _simulator(config: SyntheticConfig, clock: Clock) -> Callable[[int], pd.DataFrame]:
     return lambda seed: quick_twin(config, clock, seed)
 
@@ -365,8 +399,9 @@ def realism_check(
 ) -> RealismResult:
     """Score a synthetic market against a harvest. Raises `NoUsableDataError` saying what is needed, `ConfigError`, `StoreError` or `FitError`."""
     p = parameters if isinstance(parameters, RealismParameters) else RealismParameters(**{**(parameters or {}), **options})
-    harvest = load_harvest(p, hold_out=p.model is None and p.config is None)
-    config, notes = chosen_config(p, harvest)
+    given = given_universe(p)
+    harvest = load_harvest(p, hold_out=given is None)
+    config, notes = chosen_config(given, harvest, p.seed)
     clock, market = harvest.clock, harvest.judged
     keep = np.unique(np.linspace(clock.first, len(clock.times) - 1, ARBITRAGE_SNAPSHOTS).astype(int))
     universe = twin_universe(config, clock, p.seed)

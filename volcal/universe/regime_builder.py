@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from ..calibration.config import DEFAULT_BANDS, Asset, BandConfig, ConfigPart, UtcTime
+from ..calibration.config import DEFAULT_BANDS, Asset, BandConfig, JobParameters, UtcTime
 from ..calibration.skew_fit import FIT_DELTAS, MOMENTS, FittedSkew, anchor_moments, fit_skew
 from ..market.chain import normalize_chain
 from ..market.store import SnapshotRef, Store, group_by_day
 from ..settings import ANCHOR_DELTAS
 from ..units import NoUsableDataError, epoch_ns
-from ..vol.regimes import DEFAULT_FEATURES, RegimeModel, RegimeParams
+from ..vol.regimes import DEFAULT_FEATURES, RegimeModel, RegimeParams, fade_response, iv_target
 from ..vol.sensors import harvest_sensors
 from ..vol.smile import atm_by_group
 from ..vol.surface import skew_nodes, template_skew
@@ -30,9 +30,10 @@ from ..vol.surface import skew_nodes, template_skew
 log = logging.getLogger("volcal.regime_builder")
 
 # %% auto #0
-__all__ = ['log', 'SKEW_DAYS', 'DEFAULT_MODEL', 'CALIBRATED_MODEL', 'RegimeSums', 'regime_sums', 'skew_scale_of', 'with_sums',
-           'BuildRegimesParameters', 'RegimeBuild', 'build_regimes', 'synthetic_block', 'write_yaml_block',
-           'write_calibrated_regimes', 'regimes_figure', 'sensors_figure', 'transitions_figure']
+__all__ = ['log', 'SKEW_DAYS', 'DEFAULT_MODEL', 'CALIBRATED_MODEL', 'LAST_DAY', 'RegimeSums', 'regime_sums', 'skew_scale_of',
+           'with_sums', 'BuildRegimesParameters', 'RegimeBuild', 'build_regimes', 'joined_bands', 'term_ratio',
+           'path_multipliers', 'synthetic_block', 'write_yaml_block', 'write_calibrated_regimes', 'regimes_figure',
+           'sensors_figure', 'transitions_figure']
 
 # %% ../../nbs/40_universe/40_regime_builder.ipynb #8c0ad98e
 SKEW_DAYS = (3.0, 30.0)
@@ -46,7 +47,19 @@ class RegimeSums:
     moments: np.ndarray  # (k, 2, anchors, 6) of the skew fit
     rows: np.ndarray  # (k,) options used
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #f808fdc7
+
+def _no_sums(k: int, bands: int) -> RegimeSums:
+    """Zeros for k regimes."""
+    return RegimeSums(np.zeros((k, 1 + bands, 2)), np.zeros((k, 2, len(FIT_DELTAS), len(MOMENTS))), np.zeros(k, dtype=np.int64))
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #5ce08a61
+def _atm_of(frame: pd.DataFrame) -> np.ndarray:
+    """(rows,) at-the-money IV of each row's snapshot and expiry."""
+    codes, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
+    group = (frame["snapshot"].to_numpy() * len(expiries) + codes).astype(np.int32)
+    return atm_by_group(group, int(group.max()) + 1, frame["log_moneyness"].to_numpy(), frame["mark_iv"].to_numpy())[group]
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #cddd4078
 def _add_day(sums: RegimeSums, store: Store, refs: list[SnapshotRef], label: np.ndarray, rv: np.ndarray, bands: Sequence[BandConfig]) -> None:
     """Add one day; `label` and `rv` are per snapshot."""
     batch = store.read_batch(refs)
@@ -55,10 +68,7 @@ def _add_day(sums: RegimeSums, store: Store, refs: list[SnapshotRef], label: np.
     if frame.empty:
         return
     at = {ref.time: i for i, ref in enumerate(refs)}
-    where = np.array([at[ref.time] for ref in batch.refs])[frame["snapshot"].to_numpy()]
-    codes, expiries = pd.factorize(frame["expiry"].array.asi8, sort=True)
-    group = (frame["snapshot"].to_numpy() * len(expiries) + codes).astype(np.int32)
-    atm = atm_by_group(group, int(group.max()) + 1, frame["log_moneyness"].to_numpy(), frame["mark_iv"].to_numpy())[group]
+    where, atm = np.array([at[ref.time] for ref in batch.refs])[frame["snapshot"].to_numpy()], _atm_of(frame)
     dte, vega, delta, iv = (frame[c].to_numpy(dtype=np.float64) for c in ("dte", "vega", "call_delta", "mark_iv"))
     known = (label[where] >= 0) & np.isfinite(atm) & (atm > 0)
     priced = known & np.isfinite(rv[where])
@@ -71,7 +81,7 @@ def _add_day(sums: RegimeSums, store: Store, refs: list[SnapshotRef], label: np.
         anchor_moments(here & known & (dte >= SKEW_DAYS[0]) & (dte <= SKEW_DAYS[1]), delta, iv, atm, vega, np.array(FIT_DELTAS), sums.moments[r])
         sums.rows[r] += int((here & known).sum())
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #5ce08a61
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #81ffd862
 def regime_sums(
     store: Store,
     refs: list[SnapshotRef],
@@ -82,7 +92,7 @@ def regime_sums(
     progress: Callable[[int, int], None] | None = None,  # told (days done, days)
 ) -> RegimeSums:
     """Sums of all days."""
-    sums = RegimeSums(np.zeros((k, 1 + len(bands), 2)), np.zeros((k, 2, len(FIT_DELTAS), len(MOMENTS))), np.zeros(k, dtype=np.int64))
+    sums = _no_sums(k, len(bands))
     place = {ref.time: i for i, ref in enumerate(refs)}
     days = list(group_by_day(refs).values())
     for number, day in enumerate(days, start=1):
@@ -92,7 +102,7 @@ def regime_sums(
             progress(number, len(days))
     return sums
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #cddd4078
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #4d2552f4
 def skew_scale_of(
     fitted: FittedSkew,
     mode: Literal["put_heavy", "call_heavy", "neutral"],
@@ -104,6 +114,18 @@ def skew_scale_of(
     weight = sum(x * x for x, _ in pairs)
     return sum(x * y for x, y in pairs) / weight if weight > 0 else None
 
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #bac5f8f7
+def _learned(r: RegimeParams, level: np.ndarray, moments: np.ndarray, bands: Sequence[BandConfig]) -> RegimeParams:
+    """A regime with what its own sums say."""
+    fitted = fit_skew(moments, ["C", "P"])
+    ratio = [float(a / b) if b > 0 else math.nan for a, b in level]
+    anchors = {d: v for d, v in fitted.pooled.items() if d in ANCHOR_DELTAS and math.isfinite(v)}
+    scale = skew_scale_of(fitted, r.skew_mode)
+    new = {"iv_multiplier_by_band": {b.name: m for b, m in zip(bands, ratio[1:], strict=True) if math.isfinite(m)},
+           "skew_anchor_ratios": anchors or None, "skew_scale": r.skew_scale if scale is None else scale,
+           "iv_multiplier": r.iv_multiplier if r.iv_multiplier is not None or not math.isfinite(ratio[0]) else ratio[0]}
+    return RegimeParams.model_validate(r.model_dump() | new)
+
 
 def with_sums(
     model: RegimeModel,
@@ -111,24 +133,15 @@ def with_sums(
     bands: Sequence[BandConfig] = DEFAULT_BANDS,
 ) -> RegimeModel:
     """The model with the multipliers per band, anchors and skew scale that the chains say."""
-    regimes = []
-    for r, level, moments in zip(model.regimes, sums.level, sums.moments, strict=True):
-        fitted = fit_skew(moments, ["C", "P"])
-        ratio = [float(a / b) if b > 0 else math.nan for a, b in level]
-        anchors = {d: v for d, v in fitted.pooled.items() if d in ANCHOR_DELTAS and math.isfinite(v)}
-        scale = skew_scale_of(fitted, r.skew_mode)
-        new = {"iv_multiplier_by_band": {b.name: m for b, m in zip(bands, ratio[1:], strict=True) if math.isfinite(m)},
-               "skew_anchor_ratios": anchors or None, "skew_scale": r.skew_scale if scale is None else scale,
-               "iv_multiplier": r.iv_multiplier if r.iv_multiplier is not None or not math.isfinite(ratio[0]) else ratio[0]}
-        regimes.append(RegimeParams.model_validate(r.model_dump() | new))
-    return model.model_copy(update={"regimes": tuple(regimes)})
+    each = zip(model.regimes, sums.level, sums.moments, strict=True)
+    return model.model_copy(update={"regimes": tuple(_learned(r, level, moments, bands) for r, level, moments in each)})
 
 # %% ../../nbs/40_universe/40_regime_builder.ipynb #66eb0e8b
 DEFAULT_MODEL = "data/greg_regimes.json"
 CALIBRATED_MODEL = "data/greg_regimes_calibrated.json"
 
 
-class BuildRegimesParameters(ConfigPart):
+class BuildRegimesParameters(JobParameters):
     """What `volcal build-regimes` takes."""
 
     underlying: Asset = Field("BTC", description="asset: BTC, ETH, SOL_USDC")
@@ -142,11 +155,6 @@ class BuildRegimesParameters(ConfigPart):
     method: Literal["kmeans", "gmm"] = Field("kmeans", description="kmeans or gmm")
     seed: int = Field(0, ge=0, description="seed of the clustering")
     out: str = Field(DEFAULT_MODEL, description="where the model is written; empty = nowhere")
-
-    @field_validator("start", "end", "price_history", "k", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return None if value == "" else value
 
 # %% ../../nbs/40_universe/40_regime_builder.ipynb #66d36b46
 @dataclass(frozen=True)
@@ -168,6 +176,22 @@ class RegimeBuild:
         return pd.DataFrame(rows).set_index("regime")
 
 # %% ../../nbs/40_universe/40_regime_builder.ipynb #1cf6a2d3
+def _refs_of(store: Store, p: BuildRegimesParameters) -> list[SnapshotRef]:
+    """Snapshots of the window. Raises `NoUsableDataError` where there is none."""
+    refs = store.find(p.underlying, p.start, p.end)[:: p.snapshot_step]
+    if not refs:
+        raise NoUsableDataError(f"no snapshot of {p.underlying} in {p.data_dir} between {p.start or 'the oldest'} and {p.end or 'the newest'}, "
+                                "so there is nothing to learn from; choose another window, asset or root")
+    return refs
+
+
+def _with_sensors(refs: list[SnapshotRef], sensors: pd.DataFrame) -> tuple[list[SnapshotRef], np.ndarray]:
+    """The snapshots that have a row of sensors, and which row that is."""
+    by_minute = dict(zip(pd.DatetimeIndex(sensors["time"]).floor("min"), range(len(sensors)), strict=True))
+    kept = [ref for ref in refs if ref.time in by_minute]
+    return kept, np.array([by_minute[ref.time] for ref in kept], dtype=np.int64)
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #3af6e9d2
 def build_regimes(
     parameters: BuildRegimesParameters | dict[str, Any],
     progress: Callable[[int, int], None] | None = None,  # told (days done, days)
@@ -176,18 +200,13 @@ def build_regimes(
     p = parameters if isinstance(parameters, BuildRegimesParameters) else BuildRegimesParameters(**parameters)
     features = [f.strip() for f in p.features.split(",") if f.strip()]
     store = Store(p.data_dir)
-    refs = store.find(p.underlying, p.start, p.end)[::p.snapshot_step]
-    if not refs:
-        raise NoUsableDataError(f"no snapshot of {p.underlying} in {p.data_dir} between {p.start or 'the oldest'} and {p.end or 'the newest'}, "
-                                "so there is nothing to learn from; choose another window, asset or root")
+    refs = _refs_of(store, p)
     options = {"price_history": p.price_history} if p.price_history else {}
     sensors = harvest_sensors(store, p.underlying, p.start, p.end, snapshot_step=p.snapshot_step, **options)
     provenance = {"asset": p.underlying, "features_missing": {f: int(sensors[f].isna().sum()) for f in features if f in sensors}}
     model = RegimeModel.fit(sensors, features=features, k=p.k, method=p.method, seed=p.seed, provenance=provenance)
     labels = model.predict(sensors)
-    by_minute = dict(zip(pd.DatetimeIndex(sensors["time"]).floor("min"), range(len(sensors)), strict=True))
-    refs = [ref for ref in refs if ref.time in by_minute]
-    rows = np.array([by_minute[ref.time] for ref in refs], dtype=np.int64)
+    refs, rows = _with_sensors(refs, sensors)
     sums = regime_sums(store, refs, labels[rows], sensors["rv_7d"].to_numpy()[rows], len(model.regimes), progress=progress)
     build = RegimeBuild(with_sums(model, sums), sensors, labels, sums, p)
     if p.out:
@@ -195,30 +214,42 @@ def build_regimes(
     log.info("%d regimes of %s from %d snapshots: %s", len(model.regimes), p.underlying, len(refs), model.names)
     return build
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #e13d2e96
-def synthetic_block(
-    build: RegimeBuild,
-) -> dict[str, Any]:  # plain values: a config that `volcal simulate` takes
-    """A synthetic market of these regimes: spot path, transitions, surface."""
-    hourly, total = build.model.at_step("1h"), build.sums.level.sum(axis=0)
-    keep = {"sensor_means", "sensor_stds", "skew_anchor_ratios", "mean_duration", "iv_multiplier_by_band"}
-    regimes = [{k: round(v, 6) if isinstance(v, float) else v for k, v in r.model_dump(exclude=keep, exclude_defaults=True).items()} for r in hourly.regimes]
-    bands = [{"name": b.name, "min_dte": b.min_dte, "max_dte": b.max_dte, "iv_multiplier": round(float(v / w), 4)}
-             for b, (v, w) in zip(DEFAULT_BANDS, total[1:], strict=True) if w > 0]
-    fitted = fit_skew(build.sums.moments.sum(axis=0), ["C", "P"])
-    sides = {s: {d: round(r, 4) for d, r in t.items() if d in ANCHOR_DELTAS and math.isfinite(r)} for s, t in fitted.by_side.items()}
-    smile = {c: round(r, 4) for c, r in fitted.smile().items() if math.isfinite(r)}
-    skew = {"enabled": True, "min_dte": SKEW_DAYS[0], "max_dte": SKEW_DAYS[1], "anchor_ratios_by_side": sides, "smile_ratios": smile}
-    for r in regimes:  # the surface now carries the average skew, so that a scale is relative to it
-        r.pop("skew_mode", None)
-        r["skew_scale"] = round(_relative_scale(build, str(r["name"]), fitted), 4)
-    matrix = {a: {b: round(x, 8) for b, x in row.items() if x > 1e-12} for a, row in hourly.transitions.items()}
-    return {"asset": build.parameters.underlying, "spot_path": {
-        "start_spot": float(build.sensors["spot"].dropna().iloc[-1]), "step": "1h", "regimes": regimes, "regime_transitions": _rows_to_one(matrix)},
-        "vol_surface": {"iv_mode": "rv_window", "rv_window_days": 7.0, "iv_multiplier": round(float(total[0, 0] / total[0, 1]), 4) if total[0, 1] > 0 else 1.0,
-                        "dte_bands": bands, "skew": skew}}
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #c9db3bb9
+LAST_DAY = 400.0
 
-# %% ../../nbs/40_universe/40_regime_builder.ipynb #3cfeaa87
+
+def joined_bands(
+    bands: Sequence[BandConfig] = DEFAULT_BANDS,  # ascending, with holes between them
+) -> dict[str, tuple[float, float]]:  # first and last day to expiry, by name
+    """The bands stretched to meet half-way, from 0 to 400 days, so that every expiry lies in one."""
+    edges = [0.0, *(0.5 * (a.max_dte + b.min_dte) for a, b in zip(bands, bands[1:], strict=False)), LAST_DAY]
+    return {b.name: (low, high) for b, low, high in zip(bands, edges, edges[1:], strict=False)}
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #e13d2e96
+def term_ratio(
+    r: RegimeParams,
+) -> float | None:  # None where the regime's sensors do not say
+    """IV at 30 days over IV at 7, were IV at its recent mean: the regime's own, less what its mean departure explains."""
+    seen = r.sensor_means
+    if not {"iv_7d", "iv_30d"} <= set(seen):
+        return None
+    away = seen.get("iv_departure", 0.0) * (float(fade_response(r.iv_fade, 30.0)) - 1.0)
+    return seen["iv_30d"] / seen["iv_7d"] * math.exp(-away)
+
+
+def path_multipliers(
+    r: RegimeParams,
+    bands: Sequence[BandConfig] = DEFAULT_BANDS,
+) -> dict[str, float]:  # by band
+    """A regime's multipliers for a path: the first band at the level that x is measured from, the second above it by `term_ratio`, the rest with it."""
+    own, level, ratio = r.iv_multiplier_by_band, r.iv_multiplier, term_ratio(r)
+    near, later = (own.get(b.name) for b in bands[:2])
+    if near is None or level is None:
+        return own
+    lift = 1.0 if later is None or ratio is None else ratio * near / later
+    return {n: m * level / near * (1.0 if n == bands[0].name else lift) for n, m in own.items()}
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #72862830
 def _relative_scale(build: RegimeBuild, name: str, average: FittedSkew) -> float:
     """Slope of a regime's (anchors - 1) on the average's."""
     own = fit_skew(build.sums.moments[build.model.names.index(name)], ["C", "P"])
@@ -232,7 +263,46 @@ def _rows_to_one(matrix: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
     """Rounded rows that still sum to 1: the rest goes to staying."""
     return {a: {**row, a: round(1.0 - sum(p for b, p in row.items() if b != a), 8)} for a, row in matrix.items()}
 
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #6e36e6cb
+def _known(ratios: dict[Any, float], only: Sequence[Any] | None = None) -> dict[Any, float]:
+    """Those that are known, rounded."""
+    return {d: round(r, 4) for d, r in ratios.items() if math.isfinite(r) and (only is None or d in only)}
 
+
+def _surface_block(sums: RegimeSums, fitted: FittedSkew) -> dict[str, Any]:
+    """The surface of all regimes together."""
+    total = sums.level.sum(axis=0)
+    bands = [{"name": n, "min_dte": low, "max_dte": high, "iv_multiplier": round(float(v / w), 4)}
+             for (n, (low, high)), (v, w) in zip(joined_bands().items(), total[1:], strict=True) if w > 0]
+    skew = {"enabled": True, "min_dte": SKEW_DAYS[0], "max_dte": SKEW_DAYS[1],
+            "anchor_ratios_by_side": {s: _known(t, ANCHOR_DELTAS) for s, t in fitted.by_side.items()}, "smile_ratios": _known(fitted.smile())}
+    return {"iv_mode": "rv_window", "rv_window_days": 7.0, "iv_multiplier": round(float(total[0, 0] / total[0, 1]), 4) if total[0, 1] > 0 else 1.0,
+            "dte_bands": bands, "skew": skew}
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #331469dd
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+
+
+def _regime_blocks(build: RegimeBuild, hourly: RegimeModel, average: FittedSkew) -> list[dict[str, Any]]:
+    """Each regime in plain values, its skew relative to the average."""
+    drop = {"sensor_means", "sensor_stds", "skew_anchor_ratios", "mean_duration", "skew_mode"}
+    return [_plain(r.model_dump(exclude=drop, exclude_defaults=True))
+            | {"iv_multiplier_by_band": {n: round(m, 4) for n, m in path_multipliers(r).items()},
+               "skew_scale": round(_relative_scale(build, r.name, average), 4)} for r in hourly.regimes]
+
+
+def synthetic_block(
+    build: RegimeBuild,
+) -> dict[str, Any]:  # plain values: a config that `volcal simulate` takes
+    """A synthetic market of these regimes: spot path, transitions, surface."""
+    hourly, target, fitted = build.model.at_step("1h"), iv_target(build.model), fit_skew(build.sums.moments.sum(axis=0), ["C", "P"])
+    matrix = {a: {b: round(x, 8) for b, x in row.items() if x > 1e-12} for a, row in hourly.transitions.items()}
+    path = {"start_spot": float(build.sensors["spot"].dropna().iloc[-1]), "step": "1h", "regimes": _regime_blocks(build, hourly, fitted),
+            "regime_transitions": _rows_to_one(matrix), "iv_target": None if target is None else _plain(target.model_dump())}
+    return {"asset": build.parameters.underlying, "spot_path": path, "vol_surface": _surface_block(build.sums, fitted)}
+
+# %% ../../nbs/40_universe/40_regime_builder.ipynb #627859a1
 def write_yaml_block(
     build: RegimeBuild,
     path: str | Path | None = None,  # None: only the text

@@ -16,9 +16,9 @@ from numba import njit
 from ..units import NS_PER_DAY, NS_PER_YEAR, NoUsableDataError, epoch_ns
 
 # %% auto #0
-__all__ = ['BLOCK_DAYS', 'MIN_BLOCKS', 'GRID_POINTS', 'GRID_ROOM', 'next_row', 'Rows', 'market_rows', 'block_days', 'thin_factor',
-           'Deals', 'deal_blocks', 'Scale', 'market_scale', 'weighted_sums', 'weighted_cdf', 'Sums', 'Summary', 'cdf',
-           'quantile']
+__all__ = ['BLOCK_DAYS', 'MIN_BLOCKS', 'GRID_POINTS', 'GRID_ROOM', 'FEWEST', 'next_row', 'Rows', 'market_rows', 'block_days',
+           'thin_factor', 'Deals', 'deal_blocks', 'Scale', 'market_scale', 'weighted_sums', 'weighted_cdf', 'Sums',
+           'Summary', 'cdf', 'quantile']
 
 # %% ../../nbs/40_universe/42a_rows.ipynb #9991af6b
 def next_row(
@@ -221,6 +221,9 @@ class Sums:
         return out[:, 0] if np.ndim(values) == 1 else out
 
 # %% ../../nbs/40_universe/42a_rows.ipynb #81134fec
+FEWEST = 4  # rows that a statistic needs
+
+
 class Summary(Sums):
     """Statistics of one market; arrays of (b,)."""
 
@@ -230,7 +233,7 @@ class Summary(Sums):
         if (name, power) not in self.kept:
             with np.errstate(invalid="ignore", divide="ignore"):
                 sums = self.total(np.column_stack([z**p * known for p in range(power + 1)])).T
-                m = sums / sums[0]
+                m = np.where(sums[0] >= FEWEST, sums / sums[0], np.nan)
             self.kept[name, power] = (m[1], m[2] - m[1] ** 2, m[3] - 3 * m[1] * m[2] + 2 * m[1] ** 3 if power > 2 else 0.0,
                                       m[4] - 4 * m[1] * m[3] + 6 * m[1] ** 2 * m[2] - 3 * m[1] ** 4 if power > 3 else 0.0)[power - 1] if power > 1 else m[1]
         return self.kept[name, power]
@@ -247,7 +250,7 @@ class Summary(Sums):
         with np.errstate(invalid="ignore", divide="ignore"):
             vx, vy, cov = xx / n - (sx / n) ** 2, yy / n - (sy / n) ** 2, xy / n - sx * sy / n**2
             out = np.where((vx > 1e-10) & (vy > 1e-10), cov / np.sqrt(np.maximum(vx * vy, 1e-300)), 0.0)
-        return np.where(n >= 4, out, np.nan)
+        return np.where(n >= FEWEST, out, np.nan)
 
 # %% ../../nbs/40_universe/42a_rows.ipynb #04d94eed
 def cdf(s: Sums, name: str) -> np.ndarray:  # (b, grid)

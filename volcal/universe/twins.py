@@ -16,9 +16,10 @@ import pandas as pd
 
 from ..market.chain import normalize_chain
 from ..units import DAYS_PER_YEAR, EXPIRY_HOUR_UTC, NS_PER_DAY, ConfigError, epoch_ns
+from .regime_builder import path_multipliers, term_ratio
 from .chains import SyntheticConfig, SyntheticUniverse, build_chain, expiry_calendar, surface_state
 from ..vol.realized import realized_vol
-from ..vol.regimes import RegimeModel, RegimeParams, fit_regimes
+from ..vol.regimes import RegimeModel, RegimeParams, fit_regimes, iv_target
 from ..vol.sensors import MATURITIES, SENSOR_COLUMNS, HarvestLevels, chain_levels, daily_bars, finish_sensors, harvest_prices
 from ..vol.smile import constant_maturity_groups
 from ..vol.surface import DteBand, SkewSurface, VolSurface, regime_skew_nodes, template_skew
@@ -35,9 +36,10 @@ TWIN_BANDS = (("weekly", 0.0, 15.0), ("monthly", 15.0, 50.0), ("quarterly", 50.0
 
 def banded(r: RegimeParams) -> dict[str, float]:
     """Multipliers per band: the model's own, else by its mean IV at 7 and 30 days."""
-    if r.iv_multiplier_by_band or r.iv_multiplier is None or not {"iv_7d", "iv_30d"} <= set(r.sensor_means):
-        return r.iv_multiplier_by_band
-    later = r.iv_multiplier * r.sensor_means["iv_30d"] / r.sensor_means["iv_7d"]
+    ratio = term_ratio(r)
+    if r.iv_multiplier_by_band or r.iv_multiplier is None or ratio is None:
+        return path_multipliers(r)
+    later = r.iv_multiplier * ratio
     return {"weekly": r.iv_multiplier, "monthly": later, "quarterly": later}
 
 
@@ -80,7 +82,7 @@ def model_config(
     return SyntheticConfig.model_validate({
         "asset": asset, "vol_surface": surface, "warmup_days": 45.0,
         "spot_path": {"start_spot": start_spot, "regimes": regimes, "regime_transitions": hourly.transitions, "step": step,
-                      "innovations": innovations, "student_t_df": 4.0}})
+                      "innovations": innovations, "student_t_df": 4.0, "iv_target": iv_target(model)}})
 
 # %% ../../nbs/40_universe/42d_twins.ipynb #12c2ae95
 @dataclass(frozen=True)
@@ -154,12 +156,11 @@ def _listed(universe: SyntheticUniverse, times: pd.DatetimeIndex) -> tuple[np.nd
 def _levels_of(universe: SyntheticUniverse, row: np.ndarray, dte: np.ndarray, step: np.ndarray, rv: np.ndarray) -> np.ndarray:
     """ATM, 25-delta call and put IV (3, m) of every snapshot and expiry."""
     path, config, nudge = universe.path, universe.config, 0.01
-    out, noisy = np.empty((3, len(row))), float(config.iv_noise)
+    out = np.empty((3, len(row)))
     for r in np.unique(path.regime[step]):
         at = np.flatnonzero(path.regime[step[row]] == r)
         params, here = path.model.regimes[int(r)], step[row[at]]
-        level, deltas, ratios = surface_state(config, params, rv[row[at]], dte[at])  # type: ignore[arg-type]
-        level = level * np.exp(noisy * path.iv_noise[here])
+        level, deltas, ratios = surface_state(config, params, rv[row[at]], dte[at], path.iv_noise[here], 0.0, universe.departure[here])  # type: ignore[arg-type]
         call, put = quarter_deltas(deltas, ratios) if len(deltas) else (np.ones(len(at)), np.ones(len(at)))
         if len(deltas) and config.iv_noise:
             moved = quarter_deltas(deltas, surface_state(config, params, 1.0, dte[at], 0.0, nudge)[2])

@@ -8,21 +8,20 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from ..units import ConfigError, FitError
 
-log = logging.getLogger("volcal.clusters")
-
 # %% auto #0
-__all__ = ['log', 'Method', 'MIN_OCCUPANCY', 'MIN_AGREEMENT', 'MAX_PHI', 'Clusters', 'cluster_scores', 'assign', 'fit_clusters',
-           'agreement', 'judge_k', 'choose_k', 'bootstrap_agreement', 'linked_pairs', 'transition_counts',
-           'visit_counts', 'smoothed_transitions', 'Ar1', 'fit_ar1']
+__all__ = ['log', 'Method', 'ROWS_PER_CLUSTER', 'MIN_OCCUPANCY', 'MIN_AGREEMENT', 'MAX_PHI', 'MIN_PAIRS', 'Clusters',
+           'cluster_scores', 'assign', 'fit_clusters', 'agreement', 'judge_k', 'choose_k', 'bootstrap_agreement',
+           'linked_pairs', 'transition_counts', 'visit_counts', 'smoothed_transitions', 'Ar1', 'fit_ar1']
 
 # %% ../../nbs/20_vol/19_clusters.ipynb #bd697c82
+log = logging.getLogger("volcal.clusters")
 Method = Literal["kmeans", "gmm"]
 
 
@@ -39,25 +38,35 @@ class Clusters:
 
     @property
     def k(self) -> int:
+        """Number of clusters."""
         return len(self.means)
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #cb3eae6c
-def cluster_scores(
-    clusters: Clusters,
-    rows: Any,  # (n, f) features in their own units
-) -> np.ndarray:  # (n, k) log density up to a constant: mixture, or minus half the squared distance
-    """How well each centre explains each row; NaN where a feature is missing."""
-    z = (np.asarray(rows, dtype=np.float64) - clusters.center) / clusters.scale
-    away = z[:, None, :] - clusters.means[None, :, :]
-    if clusters.covariances is None or clusters.weights is None:
-        return -0.5 * (away**2).sum(axis=2)
+# %% ../../nbs/20_vol/19_clusters.ipynb #d0b0ceaa
+def _densities(away: np.ndarray, weights: np.ndarray, covariances: np.ndarray) -> np.ndarray:
+    """(n, k) log weight and density of each component, up to a constant, at (n, k, f) distances from its centre."""
     out = np.empty(away.shape[:2])
-    for j, (weight, covariance) in enumerate(zip(clusters.weights, clusters.covariances, strict=True)):
+    for j, (weight, covariance) in enumerate(zip(weights, covariances, strict=True)):
         root = np.linalg.cholesky(covariance)
         out[:, j] = math.log(weight) - np.log(np.diag(root)).sum() - 0.5 * (np.linalg.solve(root, away[:, j].T) ** 2).sum(axis=0)
     return out
 
 
+def cluster_scores(
+    clusters: Clusters,
+    rows: Any,  # (n, f) features in their own units
+) -> np.ndarray:  # (n, k) log density up to a constant: mixture, or minus half the squared distance
+    """How well each centre explains each row; NaN where a feature is missing. Raises `ConfigError` for another number of features."""
+    values = np.asarray(rows, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] != len(clusters.center):
+        raise ConfigError(f"rows of shape {values.shape} cannot be scored by clusters of {len(clusters.center)} features; give (n, "
+                          f"{len(clusters.center)}), in the order of the fit")
+    z = (values - clusters.center) / clusters.scale
+    away = z[:, None, :] - clusters.means[None, :, :]
+    if clusters.covariances is None or clusters.weights is None:
+        return -0.5 * (away**2).sum(axis=2)
+    return _densities(away, clusters.weights, clusters.covariances)
+
+# %% ../../nbs/20_vol/19_clusters.ipynb #0fa77568
 def assign(
     clusters: Clusters,
     rows: Any,  # (n, f) features in their own units
@@ -67,17 +76,30 @@ def assign(
     known = np.isfinite(scores).all(axis=1)
     return np.where(known, np.argmax(np.where(known[:, None], scores, 0.0), axis=1), -1)
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #0fa77568
+# %% ../../nbs/20_vol/19_clusters.ipynb #470cd2b9
+ROWS_PER_CLUSTER = 5
+
+
+def _check_fit(rows: np.ndarray, k: int, method: str) -> None:
+    """Raises `ConfigError` for an unknown method, `FitError` for rows that cannot be clustered."""
+    if method not in get_args(Method):
+        raise ConfigError(f"clustering method {method!r} is not known, so nothing was fitted; one of {', '.join(get_args(Method))}")
+    if len(rows) < ROWS_PER_CLUSTER * k:
+        raise FitError(f"{len(rows)} complete rows are too few for {k} clusters (at least {ROWS_PER_CLUSTER * k}); "
+                       "lengthen the window or lower k")
+    if bad := int((~np.isfinite(rows)).any(axis=1).sum()):
+        raise FitError(f"{bad} of {len(rows)} rows lack a feature, so nothing was fitted; leave them out and count them")
+
+# %% ../../nbs/20_vol/19_clusters.ipynb #a3fe1fb5
 def fit_clusters(
-    rows: np.ndarray,  # (n, f) complete rows
-    k: int,
-    method: Method = "kmeans",
+    rows: np.ndarray,  # (n, f) complete rows, in their own units
+    k: int,  # number of clusters
+    method: Method = "kmeans",  # or gmm
     seed: int = 0,
-    n_init: int = 20,  # restarts; the best is kept
+    n_init: int = 20,  # restarts of k-means (a mixture gets a quarter); the best is kept
 ) -> Clusters:
-    """Cluster rows. Raises `FitError` where there are too few."""
-    if len(rows) < 5 * k:
-        raise FitError(f"{len(rows)} complete rows are too few for {k} clusters (at least {5 * k}); lengthen the window or lower k")
+    """Cluster rows. Raises `FitError` where they are too few or incomplete, `ConfigError` for an unknown method."""
+    _check_fit(rows, k, method)
     from threadpoolctl import threadpool_limits
 
     center, scale = rows.mean(axis=0), rows.std(axis=0)
@@ -102,16 +124,25 @@ def agreement(
     a: np.ndarray,  # (n,) labels
     b: np.ndarray,  # (n,) labels
 ) -> float:  # adjusted Rand index: 1 the same, 0 as by chance
-    """Whether two labelings are the same up to names."""
+    """Whether two labelings are the same up to names. Hubert and Arabie, J. Classification 2 (1985) 193."""
     from sklearn.metrics import adjusted_rand_score
 
     return float(adjusted_rand_score(a, b))
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #be65db66
+# %% ../../nbs/20_vol/19_clusters.ipynb #8c400575
+def _bic(clusters: Clusters, rows: np.ndarray) -> float:
+    """Bayesian information criterion of a mixture over the standardised rows."""
+    scores = cluster_scores(clusters, rows)
+    top = scores.max(axis=1)
+    likelihood = (top + np.log(np.exp(scores - top[:, None]).sum(axis=1))).sum() - 0.5 * rows.size * math.log(2 * math.pi)
+    f = rows.shape[1]
+    return float(-2 * likelihood + (clusters.k - 1 + clusters.k * f * (f + 3) / 2) * math.log(len(rows)))
+
+# %% ../../nbs/20_vol/19_clusters.ipynb #1ae2553a
 def judge_k(
-    rows: np.ndarray,  # (n, f)
-    k: int,
-    method: Method = "kmeans",
+    rows: np.ndarray,  # (n, f) complete rows
+    k: int,  # number of clusters
+    method: Method = "kmeans",  # or gmm
     seed: int = 0,
     seeds: int = 5,  # further fits that must agree
 ) -> dict[str, float]:  # k, silhouette, bic, min_occupancy, seed_agreement
@@ -130,31 +161,28 @@ def judge_k(
         "seed_agreement": min((agreement(labels, other) for other in others), default=math.nan),
     }
 
-
-def _bic(clusters: Clusters, rows: np.ndarray) -> float:
-    """Bayesian information criterion of a mixture, without the constant."""
-    scores = cluster_scores(clusters, rows)
-    top = scores.max(axis=1)
-    likelihood = (top + np.log(np.exp(scores - top[:, None]).sum(axis=1))).sum() - 0.5 * rows.size * math.log(2 * math.pi)
-    f = rows.shape[1]
-    return float(-2 * likelihood + (clusters.k - 1 + clusters.k * f * (f + 3) / 2) * math.log(len(rows)))
-
-# %% ../../nbs/20_vol/19_clusters.ipynb #e3295b5f
-def choose_k(
-    rows: np.ndarray,  # (n, f)
-    ks: Any = range(2, 11),
-    method: Method = "kmeans",
-    seed: int = 0,
-) -> tuple[int, pd.DataFrame]:  # the chosen number; one row of evidence per k, with `admissible` and `chosen`
-    """The largest silhouette among admissible numbers; without any, among those of full occupancy, then 2."""
-    table = pd.DataFrame([judge_k(rows, k, method, seed) for k in ks if len(rows) >= 5 * k])
-    if table.empty:
-        raise FitError(f"{len(rows)} complete rows cannot be clustered; at least {5 * min(ks)} are needed: lengthen the window")
-    full = table["min_occupancy"] >= MIN_OCCUPANCY
-    table["admissible"] = full & (table["seed_agreement"] >= MIN_AGREEMENT)
+# %% ../../nbs/20_vol/19_clusters.ipynb #d3df80d5
+def _best_k(table: pd.DataFrame, full: pd.Series) -> int:
+    """The largest silhouette among admissible numbers, else among those of full occupancy, else the first."""
     pool = next((table[mask] for mask in (table["admissible"], full) if mask.any()), table.iloc[:1])
     silhouette = pool["silhouette"].fillna(-2.0).to_numpy()
-    k = int(pool["k"].to_numpy()[int(np.argmax(silhouette))])
+    return int(pool["k"].to_numpy()[int(np.argmax(silhouette))])
+
+
+def choose_k(
+    rows: np.ndarray,  # (n, f) complete rows
+    ks: Any = range(2, 11),  # numbers to try; those with too many clusters for the rows are passed over
+    method: Method = "kmeans",  # or gmm
+    seed: int = 0,
+) -> tuple[int, pd.DataFrame]:  # the chosen number; one row of evidence per k, with `admissible` and `chosen`
+    """The largest silhouette among admissible numbers; without any, among those of full occupancy, then the first. Raises `FitError`."""
+    table = pd.DataFrame([judge_k(rows, k, method, seed) for k in ks if len(rows) >= ROWS_PER_CLUSTER * k])
+    if table.empty:
+        needed = ROWS_PER_CLUSTER * min(ks)
+        raise FitError(f"{len(rows)} complete rows cannot be clustered; at least {needed} are needed: lengthen the window")
+    full = table["min_occupancy"] >= MIN_OCCUPANCY
+    table["admissible"] = full & (table["seed_agreement"] >= MIN_AGREEMENT)
+    k = _best_k(table, full)
     table["chosen"] = table["k"] == k
     log.info("k = %d of %s; admissible: %s", k, list(table["k"]), list(table.loc[table["admissible"], "k"]))
     return k, table
@@ -167,7 +195,7 @@ def bootstrap_agreement(
     draws: int = 20,
     seed: int = 0,
 ) -> tuple[float, float]:  # mean and 10th percentile of the adjusted Rand index
-    """How far the clusters depend on which weeks were seen."""
+    """How far the clusters depend on which blocks were seen: 1 not at all. Blocks wrap around the end (Politis and Romano 1992)."""
     rng, labels, n = np.random.default_rng(seed), assign(clusters, rows), len(rows)
     block = max(1, min(block, n // 2))
     found = []
@@ -179,7 +207,7 @@ def bootstrap_agreement(
 
 # %% ../../nbs/20_vol/19_clusters.ipynb #6affecd5
 def linked_pairs(
-    time_ns: Any,  # (n,) int64, ascending
+    time_ns: Any,  # (n,) int64 nanoseconds UTC, ascending
     labels: Any = None,  # (n,) a pair with a label below 0 is no pair
     reach: float = 1.5,  # of the median step
 ) -> np.ndarray:  # (n,) bool: row i follows row i - 1
@@ -194,18 +222,18 @@ def linked_pairs(
         linked &= known & np.append(False, known[:-1])
     return linked
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #f79cbb9e
 def transition_counts(
     labels: Any,  # (n,) int, -1 unknown
     linked: np.ndarray,  # (n,) bool
     k: int,
 ) -> np.ndarray:  # (k, k) int64, from row to column
-    """Pairs of linked rows, by their labels."""
+    """Pairs of linked rows, by their labels; a pair with an unknown one is not counted."""
     label = np.asarray(labels)
-    here = np.flatnonzero(linked)
+    here = np.flatnonzero(np.asarray(linked) & (label >= 0) & (np.append(-1, label[:-1]) >= 0))
     return np.bincount(label[here - 1] * k + label[here], minlength=k * k).reshape(k, k)
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #f79cbb9e
+# %% ../../nbs/20_vol/19_clusters.ipynb #5d269eb3
 def visit_counts(
     labels: Any,  # (n,) int, -1 unknown
     linked: np.ndarray,  # (n,) bool
@@ -216,7 +244,7 @@ def visit_counts(
     enters = (label >= 0) & ~(linked & (label == np.append(-1, label[:-1])))
     return np.bincount(label[enters], minlength=k)
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #9eb6c32d
 def smoothed_transitions(
     counts: np.ndarray,  # (k, k)
     pseudo: float = 1.0,  # pairs added to each row, spread evenly (Laplace)
@@ -225,29 +253,31 @@ def smoothed_transitions(
     padded = counts + pseudo / len(counts)
     return padded / padded.sum(axis=1, keepdims=True)
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #cf0ba828
+# %% ../../nbs/20_vol/19_clusters.ipynb #efaa3184
 class Ar1(NamedTuple):
     """x' = mean + phi (x - mean) + innovation."""
 
-    phi: float
-    sigma: float  # standard deviation of the innovation
+    phi: float  # per step, within -0.999 to 0.999
+    sigma: float  # standard deviation of the innovation, in the units of x
     stderr: float  # of phi
     pairs: int  # what it rests on
     residuals: np.ndarray  # (n,) innovation that led to each row, NaN without one
 
     @property
-    def stationary(self) -> float:  # standard deviation of x
+    def stationary(self) -> float:
+        """Standard deviation of x in the long run, sigma / sqrt(1 - phi^2)."""
         return self.sigma / math.sqrt(1.0 - self.phi**2)
 
-
+# %% ../../nbs/20_vol/19_clusters.ipynb #3354cc63
 MAX_PHI = 0.999
+MIN_PAIRS = 10
 
-# %% ../../nbs/20_vol/19_clusters.ipynb #1c00482d
+
 def fit_ar1(
     x: Any,  # (n,) in time order
     used: Any,  # (n,) bool: row i and the one before it make a pair
 ) -> Ar1:
-    """First-order autoregression. NaN with fewer than ten pairs. Kendall, Biometrika 41 (1954) 403."""
+    """First-order autoregression. NaN with fewer than ten pairs, or where x never moves. Kendall, Biometrika 41 (1954) 403."""
     import statsmodels.api as sm
 
     values, pairs = np.asarray(x, dtype=np.float64), np.array(used, dtype=bool)
@@ -255,7 +285,7 @@ def fit_ar1(
     before = np.append(np.nan, values[:-1])
     pairs &= np.isfinite(values) & np.isfinite(before)
     out, n = np.full(len(values), np.nan), int(pairs.sum())
-    if n < 10 or np.ptp(before[pairs]) <= 0:
+    if n < MIN_PAIRS or np.ptp(before[pairs]) <= 0:
         return Ar1(math.nan, math.nan, math.nan, n, out)
     fit = sm.OLS(values[pairs], sm.add_constant(before[pairs])).fit()
     raw = float(fit.params[1])

@@ -17,13 +17,13 @@ import numpy as np
 from ..units import ConfigError
 
 # %% auto #0
-__all__ = ['IVMultiplierOverride', 'set_iv_multiplier_override', 'get_iv_multiplier_override', 'active_iv_multiplier_overrides',
+__all__ = ['IVMultiplierOverride', 'set_iv_multiplier_override', 'active_iv_multiplier_overrides', 'get_iv_multiplier_override',
            'clear_iv_multiplier_overrides', 'override_multiplier_at']
 
 # %% ../../nbs/20_vol/24_overrides.ipynb #24dc32cc
 _LOG = logging.getLogger("volcal.vol.overrides")
 
-# %% ../../nbs/20_vol/24_overrides.ipynb #d72f4834
+
 @dataclass(frozen=True)
 class IVMultiplierOverride:
     """One override in force."""
@@ -47,13 +47,13 @@ class IVMultiplierOverride:
     def width(self) -> tuple[float, float]:  # of two without end the later beginning is the narrower
         return self.high - self.low, -self.low if math.isinf(self.high) else 0.0
 
-
+# %% ../../nbs/20_vol/24_overrides.ipynb #112b9c6e
 _Key = tuple[str, float | None, float | None]
 _LOCK = threading.Lock()
 _ACTIVE: dict[_Key, IVMultiplierOverride] = {}
 _ORDER = iter(range(1, 2**62))
 
-# %% ../../nbs/20_vol/24_overrides.ipynb #112b9c6e
+
 def _number(name: str, value: Any, remedy: str) -> float:
     """A finite float; text and yes/no are none."""
     try:
@@ -93,6 +93,15 @@ def set_iv_multiplier_override(
             _ACTIVE[key] = IVMultiplierOverride(*key, number, next(_ORDER), datetime.now(UTC))
     _LOG.info("override underlying=%s dte_min=%s dte_max=%s value=%s", *key, number)
 
+# %% ../../nbs/20_vol/24_overrides.ipynb #871d1325
+def active_iv_multiplier_overrides(
+    underlying: str | None = None,  # None = of all
+) -> list[IVMultiplierOverride]:
+    """Every override in force, in the order in which they were set."""
+    with _LOCK:
+        found = sorted(_ACTIVE.values(), key=lambda one: one.order)
+    return [one for one in found if underlying is None or one.underlying == underlying.strip().upper()]
+
 # %% ../../nbs/20_vol/24_overrides.ipynb #2c98a211
 def get_iv_multiplier_override(
     underlying: str,  # BTC, ...
@@ -103,15 +112,6 @@ def get_iv_multiplier_override(
     low, high = (0.0 if dte_min is None else dte_min), (math.inf if dte_max is None else dte_max)
     covering = [one for one in active_iv_multiplier_overrides(underlying) if one.low <= low and high <= one.high]
     return min(covering, key=lambda one: (one.width, -one.order)).value if covering else None
-
-# %% ../../nbs/20_vol/24_overrides.ipynb #871d1325
-def active_iv_multiplier_overrides(
-    underlying: str | None = None,  # None = of all
-) -> list[IVMultiplierOverride]:
-    """Every override in force, in the order in which they were set."""
-    with _LOCK:
-        found = sorted(_ACTIVE.values(), key=lambda one: one.order)
-    return [one for one in found if underlying is None or one.underlying == underlying.strip().upper()]
 
 # %% ../../nbs/20_vol/24_overrides.ipynb #8f6e2c87
 def clear_iv_multiplier_overrides(

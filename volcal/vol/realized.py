@@ -14,16 +14,24 @@ import numpy as np
 import pandas as pd
 from numba import njit
 
-from ..units import DAYS_PER_YEAR, NS_PER_DAY, SETTLEMENT_MINUTES, NoUsableDataError, SchemaError, epoch_ns
+from volcal.units import (
+    DAYS_PER_YEAR,
+    NO_TIME_NS,
+    NS_PER_DAY,
+    SETTLEMENT_MINUTES,
+    ConfigError,
+    NoUsableDataError,
+    SchemaError,
+    epoch_ns,
+)
 
 # %% auto #0
-__all__ = ['log', 'PriceSeries', 'from_index', 'from_candles', 'load_price_history', 'from_forwards', 'RealizedVol',
-           'realized_vol', 'why_untrusted', 'choose_price_series', 'parkinson', 'garman_klass', 'rogers_satchell',
-           'yang_zhang']
+__all__ = ['log', 'STRIP', 'MIN_INDEX_SHARE', 'PriceSeries', 'from_index', 'from_candles', 'load_price_history', 'from_forwards',
+           'RealizedVol', 'realized_vol', 'why_untrusted', 'index_share', 'choose_price_series', 'parkinson',
+           'garman_klass', 'rogers_satchell', 'yang_zhang']
 
 # %% ../../nbs/20_vol/20_realized.ipynb #0ab95512
 log = logging.getLogger("volcal.realized")
-_NO_TIME = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def _as_ns(times: Any) -> np.ndarray:
 
 def _clean_points(time_ns: np.ndarray, price: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Times and log prices in order, one per instant (the last given wins), positive finite prices only; with counts."""
-    known = time_ns != _NO_TIME
+    known = time_ns != NO_TIME_NS
     good = known & np.isfinite(price) & (price > 0)
     time_ns, price = time_ns[good], price[good]
     unsorted = int((np.diff(time_ns) < 0).sum())
@@ -87,7 +95,7 @@ def _candle_times(stamps: pd.Series) -> np.ndarray:
     size = np.median(np.abs(values[known])) if known.any() else 0.0
     scale = 10**9 if size < 1e11 else 10**6 if size < 1e14 else 10**3 if size < 1e17 else 1
     exact = stamps.to_numpy().astype(np.int64) if stamps.dtype.kind in "iu" else np.where(known, values, 0).astype(np.int64)
-    return np.where(known, exact * scale, _NO_TIME)
+    return np.where(known, exact * scale, NO_TIME_NS)
 
 # %% ../../nbs/20_vol/20_realized.ipynb #09c68e3f
 def from_candles(
@@ -140,22 +148,27 @@ def _chain_kernel(expiry, forward, start):
     return log_price, breaks
 
 # %% ../../nbs/20_vol/20_realized.ipynb #4fc4a09a
+def _one_per_expiry(times: np.ndarray, ends: np.ndarray, price: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to keep, by snapshot, expiry and price; and of them the middle one of each snapshot and expiry."""
+    keep = keep[np.lexsort((price[keep], ends[keep], times[keep]))]
+    begins = np.flatnonzero(np.append(True, (np.diff(times[keep]) != 0) | (np.diff(ends[keep]) != 0))[: len(keep)])
+    middle = keep[(begins + np.append(begins[1:], len(keep)) - 1) // 2] if len(keep) else keep
+    return keep, middle
+
+
 def from_forwards(
     time_ns: Any,  # (n,) int64 nanoseconds UTC (or datetimes): the time of the row's snapshot, the same for all its rows
     expiry: Any,  # (n,) int64 nanoseconds UTC (or datetimes)
     forward: Any,  # (n,) forward of that expiry, USD
     source: str = "nearest_forward",  # name of the source
 ) -> PriceSeries:
-    """Returns of the nearest expiry that two consecutive snapshots share, chained: a roll adds no jump."""
+    """Returns of the nearest expiry that two consecutive snapshots share, chained: a roll adds no jump. Raises `SchemaError`."""
     times, ends, price = _as_ns(time_ns), _as_ns(expiry), np.atleast_1d(np.asarray(forward, dtype=np.float64))
     if not len(times) == len(ends) == len(price):
         raise SchemaError(f"{len(times)} times, {len(ends)} expiries and {len(price)} forwards make no series; give one of each per row")
-    bad = ~(np.isfinite(price) & (price > 0)) | (times == _NO_TIME) | (ends == _NO_TIME)
+    bad = ~(np.isfinite(price) & (price > 0)) | (times == NO_TIME_NS) | (ends == NO_TIME_NS)
     late = ~bad & (ends - times <= SETTLEMENT_MINUTES * 60 * 10**9)
-    keep = np.flatnonzero(~(bad | late))
-    keep = keep[np.lexsort((price[keep], ends[keep], times[keep]))]
-    begins = np.flatnonzero(np.append(True, (np.diff(times[keep]) != 0) | (np.diff(ends[keep]) != 0))[: len(keep)])
-    middle = keep[(begins + np.append(begins[1:], len(keep)) - 1) // 2] if len(keep) else keep
+    keep, middle = _one_per_expiry(times, ends, price, np.flatnonzero(~(bad | late)))
     snapshots, start = np.unique(times[middle], return_index=True)
     log_price, breaks = _chain_kernel(ends[middle], price[middle], np.append(start, len(middle)))
     counts = {"points": len(price), "dropped_bad_price": int(bad.sum()), "dropped_settlement": int(late.sum()),
@@ -198,26 +211,58 @@ def _largest_gap(dt, first, last):
             out[m] = dt[queue[head]]
     return out
 
-# %% ../../nbs/20_vol/20_realized.ipynb #5db611a4
+
+def _largest_gaps(times: np.ndarray, as_of: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """(m,) days of the longest hole in points first .. last - 1, of windows in any order."""
+    order, largest = np.argsort(as_of, kind="stable"), np.zeros(len(as_of))
+    largest[order] = _largest_gap(np.diff(times, prepend=times[:1]) / NS_PER_DAY, first[order], last[order])
+    return largest
+
+# %% ../../nbs/20_vol/20_realized.ipynb #78da5b3a
+STRIP = 64  # windows in step that are summed side by side
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def _window_kernel(ret, days, linked, first, last, out):
-    """Sums over the returns inside points first .. last - 1, each window on its own, so that what came before it leaves no trace."""
-    for m in range(len(first)):
-        for i in range(first[m] + 1, last[m]):
-            if linked[i]:
-                out[0, m] += ret[i] * ret[i]
-                out[1, m] += days[i]
-                out[2, m] += days[i] * days[i]
-                out[3, m] += 1.0
+def _in_step(first, last, m):
+    """Whether each of the next windows begins and ends one point after the one before it."""
+    for j in range(m + 1, m + STRIP):
+        if j >= first.size or first[j] != first[j - 1] + 1 or last[j] != last[j - 1] + 1:
+            return False
+    return True
 
+# %% ../../nbs/20_vol/20_realized.ipynb #435a3934
+@njit(cache=True, nogil=True, error_model="numpy")
+def _window_kernel(terms, first, last, out):
+    """Sums of three terms over points first + 1 .. last - 1, each window on its own, so that what came before it leaves no trace."""
+    m = 0
+    while m < first.size:
+        if _in_step(first, last, m):
+            for k in range(3):
+                sums = np.zeros(STRIP)
+                for i in range(first[m] + 1, last[m]):
+                    added = terms[k, i : i + STRIP]
+                    for j in range(STRIP):
+                        sums[j] += added[j]
+                out[k, m : m + STRIP] = sums
+            m += STRIP
+        else:
+            x, y, z = 0.0, 0.0, 0.0
+            for i in range(first[m] + 1, last[m]):
+                x += terms[0, i]
+                y += terms[1, i]
+                z += terms[2, i]
+            out[0, m], out[1, m], out[2, m] = x, y, z
+            m += 1
 
+# %% ../../nbs/20_vol/20_realized.ipynb #3c8ffe00
 def _window_sums(series: PriceSeries, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """(4, m) sums over the returns inside points first .. last - 1: squares, days, squared days, count."""
     days = np.diff(series.time_ns, prepend=series.time_ns[:1]) / NS_PER_DAY
     ret = np.diff(series.log_price, prepend=series.log_price[:1])
     linked = np.ones(len(series), dtype=bool) if series.breaks is None else ~series.breaks
-    out = np.zeros((4, len(first)))
-    _window_kernel(ret, days, linked, first, last, out)
+    out, so_far = np.zeros((4, len(first))), np.append(0, np.cumsum(linked))
+    _window_kernel(np.where(linked, np.stack([ret * ret, days, days * days]), 0.0), first, last, out)
+    out[3] = so_far[last] - so_far[np.minimum(first + 1, last)]
     return out
 
 # %% ../../nbs/20_vol/20_realized.ipynb #18282cdd
@@ -228,15 +273,16 @@ def realized_vol(
     min_coverage: float = 0.5,  # share of the window that prices must cover to be trusted
     min_n_eff: float = 20.0,  # effective returns needed to be trusted
 ) -> RealizedVol:  # arrays of (m,)
-    """sqrt(sum of squared log returns / sum of elapsed years) in (as_of - window, as_of], with its trust."""
+    """sqrt(sum of squared log returns / sum of elapsed years) in (as_of - window, as_of], with its trust. Raises `ConfigError`."""
+    if not 0 < window_days < np.inf:
+        raise ConfigError(f"rv window is {window_days} days, so no price can fall into it; give a positive number of days")
     as_of, times = _as_ns(as_of_ns), series.time_ns
     first = np.searchsorted(times, as_of - int(window_days * NS_PER_DAY), side="right")
     last = np.searchsorted(times, as_of, side="right")
     squares, days, squared_days, returns = _window_sums(series, first, last)
     padded = np.append(times, 0)
     covered = np.where(last > first, padded[last - 1] - padded[first], 0) / NS_PER_DAY
-    order, largest = np.argsort(as_of, kind="stable"), np.zeros(len(as_of))
-    largest[order] = _largest_gap(np.diff(times, prepend=times[:1]) / NS_PER_DAY, first[order], last[order])
+    largest = _largest_gaps(times, as_of, first, last)
     some = returns > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         rv = np.where(some, np.sqrt(np.maximum(squares, 0.0) / days * DAYS_PER_YEAR), np.nan)
@@ -274,12 +320,55 @@ def _covers(series: PriceSeries, start: int | None, end: int | None) -> bool:
     return min(int(series.time_ns[-1]), end) - max(int(series.time_ns[0]), start) >= 0.5 * (end - start) - slack
 
 
-def _span(series: PriceSeries) -> str:
-    """The days that a series covers, for a note."""
+def _span(series: PriceSeries, start: int | None = None, end: int | None = None) -> str:
+    """The days that a series covers, for a note, and how far from the window they lie."""
     if len(series) == 0:
         return "no usable price"
     first, last = pd.to_datetime(series.time_ns[[0, -1]]).strftime("%Y-%m-%d %H:%M")
-    return f"{first} to {last}"
+    before = 0.0 if start is None else (start - int(series.time_ns[-1])) / NS_PER_DAY
+    after = 0.0 if end is None else (int(series.time_ns[0]) - end) / NS_PER_DAY
+    apart = f"; it ends {before:.1f} days before the window" if before > 0 else f"; it begins {after:.1f} days after the window" if after > 0 else ""
+    return f"{first} to {last}{apart}"
+
+# %% ../../nbs/20_vol/20_realized.ipynb #ad859511
+MIN_INDEX_SHARE = 0.5  # of the snapshots must have an index price
+
+
+def index_share(
+    prices: Any,  # (n,) index price of each snapshot, NaN where it has none
+) -> float:  # 0..1
+    """Share of the snapshots with an index price; from `MIN_INDEX_SHARE` on it serves."""
+    known = np.asarray(prices, dtype=np.float64)
+    return float(np.mean(np.isfinite(known) & (known > 0))) if known.size else 0.0
+
+# %% ../../nbs/20_vol/20_realized.ipynb #a8cc94f4
+def _columns(source: Any, names: tuple[str, ...]) -> list[Any]:
+    """The named columns of a frame, or the arrays themselves."""
+    return [source[name] for name in names] if isinstance(source, pd.DataFrame) else list(source)
+
+
+def _chosen(series: PriceSeries, notes: list[str]) -> PriceSeries:
+    """The series with its notes, logged."""
+    log.info("price source %s: %d points, left out %s; %s", series.source, len(series),
+             {k: v for k, v in series.counts.items() if v and k != "points"}, "; ".join(notes) or "first choice")
+    return replace(series, notes=tuple(notes))
+
+# %% ../../nbs/20_vol/20_realized.ipynb #cc05039b
+def _from_snapshots(index: Any, forwards: Any, notes: list[str]) -> PriceSeries:
+    """The index price when enough of the snapshots have it, else the forwards."""
+    if index is not None:
+        times, prices = _columns(index, ("time", "index_price"))
+        share = index_share(prices)
+        if share >= MIN_INDEX_SHARE:
+            return _chosen(from_index(times, np.asarray(prices, dtype=np.float64)), notes)
+        notes.append(f"index_price is present in {share:.0%} of the snapshots ({MIN_INDEX_SHARE:.0%} needed): passed over")
+    if forwards is not None:
+        series = from_forwards(*_columns(forwards, ("time", "expiry", "forward")))
+        if len(series):
+            return _chosen(series, notes)
+        notes.append("no forward is usable")
+    told = "; ".join(notes) or "none was given"
+    raise NoUsableDataError(f"no price source is usable ({told}), so there is no RV; pass harvest.price_history or backfill the store")
 
 # %% ../../nbs/20_vol/20_realized.ipynb #bccef151
 def choose_price_series(
@@ -299,40 +388,10 @@ def choose_price_series(
         series, told = from_candles(frame, name), "used as told" if name == "price_history" else "passed over"
         usable = _covers(series, *span)
         if not usable:
-            notes.append(f"{name} covers less than half of the window ({_span(series)}): {told}")
+            notes.append(f"{name} covers less than half of the window ({_span(series, *span)}): {told}")
         if usable or name == "price_history":
             return _chosen(series, notes)
     return _from_snapshots(index, forwards, notes)
-
-# %% ../../nbs/20_vol/20_realized.ipynb #08f0d925
-def _columns(source: Any, names: tuple[str, ...]) -> list[Any]:
-    """The named columns of a frame, or the arrays themselves."""
-    return [source[name] for name in names] if isinstance(source, pd.DataFrame) else list(source)
-
-
-def _from_snapshots(index: Any, forwards: Any, notes: list[str]) -> PriceSeries:
-    """The index price when at least half of the snapshots have it, else the forwards."""
-    if index is not None:
-        times, prices = _columns(index, ("time", "index_price"))
-        prices = np.asarray(prices, dtype=np.float64)
-        share = float(np.mean(np.isfinite(prices) & (prices > 0))) if len(prices) else 0.0
-        if share >= 0.5:
-            return _chosen(from_index(times, prices), notes)
-        notes.append(f"index_price is present in {share:.0%} of the snapshots (50 % needed): passed over")
-    if forwards is not None:
-        series = from_forwards(*_columns(forwards, ("time", "expiry", "forward")))
-        if len(series):
-            return _chosen(series, notes)
-        notes.append("no forward is usable")
-    told = "; ".join(notes) or "none was given"
-    raise NoUsableDataError(f"no price source is usable ({told}), so there is no RV; pass harvest.price_history or backfill the store")
-
-
-def _chosen(series: PriceSeries, notes: list[str]) -> PriceSeries:
-    """The series with its notes, logged."""
-    log.info("price source %s: %d points, left out %s; %s", series.source, len(series),
-             {k: v for k, v in series.counts.items() if v and k != "points"}, "; ".join(notes) or "first choice")
-    return replace(series, notes=tuple(notes))
 
 # %% ../../nbs/20_vol/20_realized.ipynb #b832bd2a
 def _annual_vol(variance: Any, bar_days: float) -> Any:
@@ -340,16 +399,24 @@ def _annual_vol(variance: Any, bar_days: float) -> Any:
     return np.sqrt(np.maximum(variance, 0.0) * (DAYS_PER_YEAR / bar_days))
 
 
+def _bar_logs(open: Any, high: Any, low: Any, close: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """u, d, c: logarithms of high, low and close over open; NaN where the bar is impossible (beyond rounding)."""
+    o, h, l, c = (np.where(np.asarray(x, dtype=np.float64) > 0, x, np.nan) for x in (open, high, low, close))
+    u, d, move = np.log(h / o), np.log(l / o), np.log(c / o)
+    possible = (u >= np.maximum(move, 0.0) - 1e-9) & (d <= np.minimum(move, 0.0) + 1e-9)
+    return np.where(possible, u, np.nan), d, move
+
+# %% ../../nbs/20_vol/20_realized.ipynb #6d835858
 def parkinson(
     high: Any,  # (..., n) highs
     low: Any,  # (..., n) lows
     bar_days: float = 1.0,  # length of a bar, days
 ) -> Any:  # (...) decimal, annualised
     """Mean of ln(H/L)^2 / (4 ln 2). Parkinson, J. Business 53 (1980) 61."""
-    spread = np.log(np.asarray(high, dtype=np.float64) / np.asarray(low, dtype=np.float64))
-    return _annual_vol(np.mean(spread**2, axis=-1) / (4.0 * np.log(2.0)), bar_days)
+    u, d, _ = _bar_logs(low, high, low, high)
+    return _annual_vol(np.mean((u - d) ** 2, axis=-1) / (4.0 * np.log(2.0)), bar_days)
 
-
+# %% ../../nbs/20_vol/20_realized.ipynb #09388e11
 def garman_klass(
     open: Any,  # (..., n) opens
     high: Any,  # (..., n) highs
@@ -361,13 +428,7 @@ def garman_klass(
     u, d, c = _bar_logs(open, high, low, close)
     return _annual_vol(np.mean(0.5 * (u - d) ** 2 - (2.0 * np.log(2.0) - 1.0) * c**2, axis=-1), bar_days)
 
-# %% ../../nbs/20_vol/20_realized.ipynb #6d835858
-def _bar_logs(open: Any, high: Any, low: Any, close: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """u, d, c: logarithms of high, low and close over open."""
-    o, h, l, c = (np.asarray(x, dtype=np.float64) for x in (open, high, low, close))
-    return np.log(h / o), np.log(l / o), np.log(c / o)
-
-
+# %% ../../nbs/20_vol/20_realized.ipynb #9e3a03e4
 def rogers_satchell(
     open: Any,  # (..., n) opens
     high: Any,  # (..., n) highs
@@ -379,7 +440,7 @@ def rogers_satchell(
     u, d, c = _bar_logs(open, high, low, close)
     return _annual_vol(np.mean(u * (u - c) + d * (d - c), axis=-1), bar_days)
 
-
+# %% ../../nbs/20_vol/20_realized.ipynb #402d662f
 def yang_zhang(
     open: Any,  # (..., n) opens
     high: Any,  # (..., n) highs
@@ -388,7 +449,7 @@ def yang_zhang(
     bar_days: float = 1.0,  # length of a bar, days
 ) -> Any:  # (...) decimal, annualised; NaN with fewer than three bars
     """var(jump) + k var(c) + (1 - k) Rogers-Satchell, k = 0.34 / (1.34 + (n+1)/(n-1)). Yang and Zhang, J. Business 73 (2000) 477."""
-    o, h, l, c = (np.asarray(x, dtype=np.float64) for x in (open, high, low, close))
+    o, h, l, c = (np.where(np.asarray(x, dtype=np.float64) > 0, x, np.nan) for x in (open, high, low, close))
     n = o.shape[-1] - 1
     if n < 2:
         return np.full(o.shape[:-1], np.nan)[()]

@@ -27,10 +27,11 @@ from volcal.vol.clusters import (
 log = logging.getLogger("volcal.regimes")
 
 # %% auto #0
-__all__ = ['log', 'SkewMode', 'DEFAULT_DURATION', 'DEFAULT_FEATURES', 'FORMAT', 'RegimeParams', 'transition_matrix',
-           'rescale_transitions', 'rescale_ar1', 'step_ns', 'named_transitions', 'RegimeModel', 'load_regime_model',
-           'from_older_shape', 'RegimeState', 'create_regime_state', 'step_regime_state', 'regime_names', 'fit_regimes',
-           'sample_sensors']
+__all__ = ['log', 'SkewMode', 'DEFAULT_DURATION', 'DEFAULT_FEATURES', 'FORMAT', 'IV_DAYS', 'MAX_FADE', 'RegimeParams',
+           'transition_matrix', 'rescale_transitions', 'rescale_ar1', 'step_ns', 'named_transitions', 'RegimeModel',
+           'load_regime_model', 'from_older_shape', 'RegimeState', 'create_regime_state', 'step_regime_state',
+           'regime_names', 'fade_response', 'fade_of', 'iv_departures', 'iv_moments', 'balanced_transitions',
+           'fit_regimes', 'IvTarget', 'iv_target', 'sample_sensors']
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #f60ba603
 SkewMode = Literal["put_heavy", "call_heavy", "neutral"]
@@ -60,6 +61,7 @@ class RegimeParams(BaseModel):
     spot_iv_corr: float = Field(0.0, ge=-1, le=1, description="correlation of the return with the innovation of x that realized vol does not explain")
     iv_rv_beta: float = Field(0.0, ge=-1.5, le=1.5, description="response of x to a change of ln RV: -1 where IV ignores it, 0 where IV follows")
     sigma_log_rv: float = Field(0.0, ge=0, description="standard deviation of the change of ln RV per step, of which iv_rv_beta was measured")
+    iv_fade: float = Field(0.0, ge=0, description="speed per day at which a departure of IV fades, so that later maturities move less; 0: all alike")
     calibrated_iv_multiplier: float | None = Field(None, gt=0, description="multiplier from a calibration; goes before iv_multiplier")
     calibrated_skew_scale: float | None = Field(None, description="skew scale from a calibration; goes before skew_scale")
 
@@ -539,7 +541,7 @@ def _skew_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, Any], np.ndar
     found = s.skew[here & np.isfinite(s.skew)]
     if found.size < 3:
         return {}, np.full(len(here), np.nan)
-    fit = fit_ar1(s.skew - found.mean(), here & s.linked & np.append(False, here[:-1]))
+    fit = _capped(fit_ar1(s.skew - found.mean(), here & s.linked & np.append(False, here[:-1])), found)
     memory = fit.phi if math.isfinite(fit.phi) else 0.0
     error = float(found.std() / math.sqrt(found.size) * math.sqrt((1 + max(memory, 0.0)) / (1 - max(memory, 0.0))))
     mode = "put_heavy" if found.mean() > error else "call_heavy" if found.mean() < -error else "neutral"
@@ -547,7 +549,7 @@ def _skew_numbers(s: _Series, here: np.ndarray) -> tuple[dict[str, Any], np.ndar
     return {"skew_mode": mode, **dynamics}, fit.residuals / max(fit.sigma, 1e-12) if dynamics else np.full(len(here), np.nan)
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #473cd5db
-def _regime_params(name: str, s: _Series, r: int, frame: pd.DataFrame, stay: float) -> tuple[RegimeParams, np.ndarray]:
+def _regime_params(name: str, s: _Series, r: int, frame: pd.DataFrame, stay: float, fade: float) -> tuple[RegimeParams, np.ndarray]:
     """One regime, and its standardised innovations (n, 3) of return, IV and skew."""
     here = s.labels == r
     numeric = frame.select_dtypes("number").drop(columns=["spot"], errors="ignore")[here]
@@ -561,7 +563,8 @@ def _regime_params(name: str, s: _Series, r: int, frame: pd.DataFrame, stay: flo
     params = RegimeParams.model_validate({
         "name": name, "weight": float(here.sum() / (s.labels >= 0).sum()), "vrp": float(premium) if math.isfinite(premium) else 0.0,
         "sensor_means": {str(k): float(v) for k, v in means.items() if math.isfinite(v)},
-        "sensor_stds": {str(k): float(v) for k, v in stds.items() if math.isfinite(v)}, "mean_duration": 1.0 / max(1.0 - stay, 1e-9), **spot, **iv, **skew})
+        "sensor_stds": {str(k): float(v) for k, v in stds.items() if math.isfinite(v)}, 
+        "mean_duration": 1.0 / max(1.0 - stay, 1e-9), "iv_fade": fade, **spot, **iv, **skew})
     return params, np.column_stack([spot_shock, iv_shock, skew_shock])
 
 
@@ -576,24 +579,94 @@ def _residual_rows(shocks: list[np.ndarray], s: _Series) -> dict[str, tuple[floa
     columns = {"regime": known.argmax(axis=0)[rows], "follows": follows} | {n: total[rows, j] for j, n in enumerate(("spot", "iv", "skew"))}
     return {name: tuple(round(float(v), 6) for v in values) for name, values in columns.items()}
 
-# %% ../../nbs/20_vol/23_regimes.ipynb #93f2bb6c
-def _matched_leverage(regimes: Sequence[RegimeParams], s: _Series, share: np.ndarray, step_years: float) -> list[RegimeParams]:
-    """The regimes with spot_iv_corr scaled to the data's correlation of the return with the change of ln IV."""
-    iv_moves = np.append(np.nan, np.diff(s.log_ratio)) + s.rv_moves
-    known = np.isfinite(s.returns) & np.isfinite(iv_moves) & s.linked & (s.labels >= 0)
-    usable = [r for r in regimes if r.vol is not None]
-    if known.sum() < 30 or len(usable) < len(regimes) or np.ptp(s.returns[known]) <= 0:
-        return list(regimes)
-    target = float(np.corrcoef(s.returns[known], iv_moves[known])[0, 1])
-    vol = np.array([r.vol for r in regimes], dtype=np.float64) * math.sqrt(step_years)
-    left = np.array([r.residual_sigma_iv for r in regimes])
-    moved = [((1 + r.iv_rv_beta) * r.sigma_log_rv) ** 2 + r.residual_sigma_iv**2 + ((1 - r.phi_iv) * r.stationary_iv) ** 2 for r in regimes]
-    spread = math.sqrt(float(share @ vol**2) * float(share @ np.array(moved)))
-    implied = float(share @ (vol * left * np.array([r.spot_iv_corr for r in regimes]))) / max(spread, 1e-12)
-    factor = float(np.clip(target / implied, 0.5, 2.0)) if implied * target > 0 else 1.0
-    return [r.model_copy(update={"spot_iv_corr": float(np.clip(factor * r.spot_iv_corr, -0.95, 0.95))}) for r in regimes]
-
 # %% ../../nbs/20_vol/23_regimes.ipynb #11628bac
+IV_DAYS = 7.0
+MAX_FADE = 2.0
+
+
+def fade_response(
+    fade: float,  # per day
+    dte: Any,  # (n,) days to expiry, or one
+) -> np.ndarray:  # (n,) move of ln IV there for a move of 1 at 7 days
+    """How much a maturity follows a departure of 7-day IV."""
+    days = np.maximum(np.asarray(dte, dtype=np.float64), 1e-6)
+    return np.ones(days.shape) if fade <= 0 else -np.expm1(-fade * days) / days * IV_DAYS / -np.expm1(-fade * IV_DAYS)
+
+
+def fade_of(
+    moves: np.ndarray,  # (n, 2) changes of ln IV at 7 and 30 days
+) -> float:  # per day; 0 where there are fewer than 30, or where 30 days move as much
+    """The speed at which 30 days would follow 7 as much as they did (least squares). At most 2 per day."""
+    from scipy.optimize import brentq
+
+    known = moves[np.isfinite(moves).all(axis=1)]
+    slope = 1.0 if len(known) < 30 else float(known[:, 0] @ known[:, 1] / max(known[:, 0] @ known[:, 0], 1e-300))
+    if slope >= fade_response(1e-6, 30.0):
+        return 0.0
+    return float(brentq(lambda f: fade_response(f, 30.0) - slope, 1e-6, MAX_FADE)) if slope > fade_response(MAX_FADE, 30.0) else MAX_FADE
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #e1845d6b
+def iv_departures(
+    log_iv: np.ndarray,  # (n,) of 7 days; unknown rows hold the last one
+    time_ns: np.ndarray,  # (n,) int64, ascending
+    fade: float,  # per day
+) -> np.ndarray:  # (n,) departure of ln IV from its recent mean; it begins at zero
+    """Leaky sum of the moves of ln IV."""
+    moves = pd.Series(log_iv).ffill().diff().fillna(0.0).to_numpy()
+    keep = np.exp(-fade * np.diff(time_ns, prepend=time_ns[:1]) / NS_PER_DAY)
+    out, held = np.empty(len(moves)), 0.0
+    for i, (move, kept) in enumerate(zip(moves, keep, strict=True)):
+        out[i] = held = kept * (held + move)
+    return out
+
+
+def _with_departure(sensors: pd.DataFrame, time_ns: np.ndarray, linked: np.ndarray) -> tuple[pd.DataFrame, float]:
+    """The sensors with `iv_departure`, and the speed at which it fades; as they are, and 0, where 7 and 30 days are not known or move alike."""
+    if not {"iv_7d", "iv_30d"} <= set(sensors):
+        return sensors, 0.0
+    known = np.log(sensors[["iv_7d", "iv_30d"]].to_numpy(dtype=np.float64))
+    fade = fade_of(np.diff(known, axis=0)[linked[1:]])
+    return (sensors.assign(iv_departure=iv_departures(known[:, 0], time_ns, fade)), fade) if fade > 0 else (sensors, 0.0)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #c2098532
+def iv_moments(
+    x: np.ndarray,  # (n,) ln(IV / (RV m))
+    log_iv: np.ndarray,  # (n,)
+    returns: np.ndarray,  # (n,) log return that led to the row
+    linked: np.ndarray,  # (n,) bool: the row follows the one before
+) -> dict[str, float] | None:  # None with fewer than 30 pairs, or without movement
+    """Spread and memory of the IV deviation, correlation of spot and IV, spread of ln IV."""
+    rows = np.flatnonzero(linked & np.append(False, np.isfinite(x[1:]) & np.isfinite(x[:-1]) & np.isfinite(returns[1:])))
+    known = np.isfinite(x)
+    if rows.size < 30 or np.ptp(returns[rows]) <= 0 or np.ptp(x[known]) <= 1e-9:
+        return None
+    return {"iv_deviation": float(x[known].std()), "iv_autocorrelation": float(np.corrcoef(x[rows], x[rows - 1])[0, 1]),
+            "spot_iv_correlation": float(np.corrcoef(returns[rows], log_iv[rows] - log_iv[rows - 1])[0, 1]),
+            "log_iv_deviation": float(log_iv[known].std())}
+
+
+def _market_moments(s: _Series, regimes: Sequence[RegimeParams], log_iv: np.ndarray) -> dict[str, float] | None:
+    """`iv_moments` of the training rows."""
+    level = np.array([math.log(r.iv_multiplier) if r.iv_multiplier else math.nan for r in regimes])
+    x = np.where(s.labels >= 0, s.log_ratio - level[s.labels], math.nan)
+    return iv_moments(x, np.where(np.isfinite(x), log_iv, math.nan), s.returns, s.linked)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #969a74c0
+def balanced_transitions(
+    matrix: np.ndarray,  # (k, k) positive, rows sum to 1
+    share: np.ndarray,  # (k,) of time, sums to 1
+) -> np.ndarray:  # (k, k) rows sum to 1; share is stationary
+    """The nearest chain whose stationary distribution is `share`. Deming and Stephan, Ann. Math. Stat. 11 (1940) 427."""
+    flow = share[:, None] * matrix
+    for _ in range(1000):
+        flow = flow * (share / flow.sum(axis=0))
+        rows = share / flow.sum(axis=1)
+        flow = flow * rows[:, None]
+        if np.abs(rows - 1.0).max() < 1e-12:
+            break
+    return flow / flow.sum(axis=1, keepdims=True)
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #3b50fa00
 def _ordered(clusters: Clusters, features: Sequence[str]) -> Clusters:
     """The same clusters in order of realized vol (or of the first feature)."""
     level = next((list(features).index(f) for f in ("rv_30d", "rv_7d") if f in features), 0)
@@ -621,7 +694,7 @@ def _evidence(table: pd.DataFrame, clusters: Clusters, rows: np.ndarray, visits:
             "visits": dict(zip(names, map(int, visits), strict=True)),
             "transitions_not_estimable": [n for n, v in zip(names, visits, strict=True) if v < 3], "rows_left_out": left_out, "rows": len(rows)}
 
-# %% ../../nbs/20_vol/23_regimes.ipynb #67f39ae7
+# %% ../../nbs/20_vol/23_regimes.ipynb #d2b75519
 def fit_regimes(
     sensors: pd.DataFrame,  # in time order: `time` or a time index, the features; spot, IV and RV for the dynamics
     features: Sequence[str] = DEFAULT_FEATURES,
@@ -648,16 +721,18 @@ def fit_regimes(
     labels = assign(clusters, values)
     names = regime_names(clusters.means, features)
     s = _series(sensors, labels, time_ns, iv, rv)
-    matrix = smoothed_transitions(transition_counts(labels, s.linked, chosen))
-    found = [_regime_params(name, s, i, sensors, float(matrix[i, i])) for i, name in enumerate(names)]
+    share = np.bincount(labels[labels >= 0], minlength=chosen) / (labels >= 0).sum()
+    matrix = balanced_transitions(smoothed_transitions(transition_counts(labels, s.linked, chosen)), share)
+    frame, fade = _with_departure(sensors, time_ns, s.linked)
+    found = [_regime_params(name, s, i, frame, float(matrix[i, i]), fade) for i, name in enumerate(names)]
     step = pd.Timedelta(int(np.median(np.diff(time_ns))), unit="ns").round("min")
-    share = np.linalg.matrix_power(matrix, 2**20)[0]
-    matched = _matched_leverage([p for p, _ in found], s, share, step.value / NS_PER_YEAR)
+    regimes = [params for params, _ in found]
     week = max(1, round(7 * NS_PER_DAY / step.value))
     span = [pd.Timestamp(t, tz="UTC").isoformat() for t in (time_ns[0], time_ns[-1])]
     log.info("fit: %d rows, %d left out, k = %d, %s", len(values), int((~complete).sum()), chosen, names)
     evidence = _evidence(table, clusters, rows, visit_counts(labels, s.linked, chosen), names, week, seed, int((~complete).sum()))
-    return _assembled(clusters, features, matched, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
+    evidence["iv_moments"] = _market_moments(s, regimes, np.log(sensors[iv].to_numpy(dtype=np.float64))) if iv in sensors else None
+    return _assembled(clusters, features, regimes, named_transitions(names, matrix), step, _residual_rows([x for _, x in found], s), evidence,
                       {"start": span[0], "end": span[1], "rows": len(values), "seed": seed, "iv": iv, "rv": rv, **(provenance or {})})
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #863e2ca0
@@ -671,6 +746,27 @@ def _assembled(clusters: Clusters, features: Sequence[str], regimes: list[Regime
         "centroids": listed(clusters.means), "mixture_weights": listed(clusters.weights), "covariances": listed(clusters.covariances),
         "regimes": regimes, "transitions": transitions, "step": f"{step.value // 60_000_000_000}min", "residuals": residuals,
         "evidence": evidence, "provenance": provenance})
+
+# %% ../../nbs/20_vol/23_regimes.ipynb #cc4b8116
+class IvTarget(BaseModel):
+    """What paths show of the market that their regimes were fitted to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    iv_deviation: float = Field(gt=0, description="standard deviation of x = ln(IV / (RV m))")
+    spot_iv_correlation: float = Field(gt=-1, lt=1, description="correlation of the return with the move of ln IV")
+    spacing: str = Field("6h", description="spacing at which they were measured")
+    records: int = Field(600, ge=100, le=2000, description="rows they were measured on")
+
+
+def iv_target(
+    model: RegimeModel,
+) -> IvTarget | None:  # None where its evidence does not say
+    """What paths of a fitted model are held to."""
+    found = model.evidence.get("iv_moments")
+    if not found:
+        return None
+    two = {n: found[n] for n in ("iv_deviation", "spot_iv_correlation")}
+    return IvTarget(**two, spacing=model.step, records=int(np.clip(model.evidence.get("rows", 600), 100, 2000)))
 
 # %% ../../nbs/20_vol/23_regimes.ipynb #554cf6e1
 def sample_sensors(

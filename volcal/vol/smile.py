@@ -20,6 +20,22 @@ __all__ = ['AtmReason', 'AtmIv', 'atm_iv', 'atm_by_group', 'DeltaReason', 'Delta
            'svi_total_variance', 'svi_iv', 'svi_fit_kernel', 'svi_fit_groups', 'butterfly_g', 'spread_weight', 'SviFit',
            'fit_svi']
 
+# %% ../../nbs/20_vol/21_smile.ipynb #e2753229
+def _columns(*columns: Any) -> list[np.ndarray]:
+    """Columns of rows as contiguous float64. Raises `FitError` on unequal lengths."""
+    out = [np.ascontiguousarray(c, dtype=np.float64) for c in columns]
+    if len({len(c) for c in out}) > 1:
+        raise FitError(f"columns of {[len(c) for c in out]} rows do not belong together, so no smile can be read; give one value per row")
+    return out
+
+
+def _groups(group: Any, rows: int) -> np.ndarray:
+    """Group numbers of the rows as int64. Raises `FitError` where there is not one for each."""
+    numbers = np.ascontiguousarray(group, dtype=np.int64)
+    if len(numbers) != rows:
+        raise FitError(f"{len(numbers)} group numbers for {rows} rows, so no smile can be read; give one per row")
+    return numbers
+
 # %% ../../nbs/20_vol/21_smile.ipynb #e8b4975d
 class AtmReason(IntEnum):
     """How an at-the-money volatility came about, or why there is none."""
@@ -81,23 +97,7 @@ def atm_iv(
     reason = np.select([both, nearest <= near, np.isfinite(nearest)], [0, 1, 2], 3).astype(np.int8)
     return AtmIv(np.select([both, nearest <= near], [between, np.where(below <= above, iv[:, 0], iv[:, 1])], np.nan), reason, -below, above)
 
-# %% ../../nbs/20_vol/21_smile.ipynb #de467b2f
-def _columns(*columns: Any) -> list[np.ndarray]:
-    """Columns of rows as contiguous float64. Raises `FitError` on unequal lengths."""
-    out = [np.ascontiguousarray(c, dtype=np.float64) for c in columns]
-    if len({len(c) for c in out}) > 1:
-        raise FitError(f"columns of {[len(c) for c in out]} rows do not belong together, so no smile can be read; give one value per row")
-    return out
-
-
-def _groups(group: Any, rows: int) -> np.ndarray:
-    """Group numbers of the rows as int64. Raises `FitError` where there is not one for each."""
-    numbers = np.ascontiguousarray(group, dtype=np.int64)
-    if len(numbers) != rows:
-        raise FitError(f"{len(numbers)} group numbers for {rows} rows, so no smile can be read; give one per row")
-    return numbers
-
-
+# %% ../../nbs/20_vol/21_smile.ipynb #20454356
 def atm_by_group(
     group: Any,  # (n,) int, 0 .. n_groups - 1
     n_groups: int,  # how many expiries
@@ -107,6 +107,21 @@ def atm_by_group(
 ) -> np.ndarray:  # (n_groups,) decimal, NaN where there is none
     """`atm_iv` without its reasons, for the engine."""
     return atm_iv(group, n_groups, log_moneyness, mark_iv).iv
+
+# %% ../../nbs/20_vol/21_smile.ipynb #fbe009dc
+class DeltaReason(IntEnum):
+    """How a delta-quoted volatility came about, or why there is none."""
+
+    ok = 0  # between two out-of-the-money options
+    in_the_money = 1  # an in-the-money option was needed
+    outside = 2  # the deltas of the expiry do not reach: NaN
+
+
+class DeltaIv(NamedTuple):
+    """Volatility at given call deltas; arrays of (n_groups, m)."""
+
+    iv: np.ndarray  # decimal; NaN where there is none
+    reason: np.ndarray  # int8, `DeltaReason`
 
 # %% ../../nbs/20_vol/21_smile.ipynb #62db5809
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -124,22 +139,7 @@ def _bracket_delta(group, c, iv, sign, targets, edge, edge_iv):
                 if c[i] >= targets[j] and c[i] < edge[g, j, s, 1]:
                     edge[g, j, s, 1], edge_iv[g, j, s, 1] = c[i], iv[i]
 
-# %% ../../nbs/20_vol/21_smile.ipynb #561b2a1e
-class DeltaReason(IntEnum):
-    """How a delta-quoted volatility came about, or why there is none."""
-
-    ok = 0  # between two out-of-the-money options
-    in_the_money = 1  # an in-the-money option was needed
-    outside = 2  # the deltas of the expiry do not reach: NaN
-
-
-class DeltaIv(NamedTuple):
-    """Volatility at given call deltas; arrays of (n_groups, m)."""
-
-    iv: np.ndarray  # decimal; NaN where there is none
-    reason: np.ndarray  # int8, `DeltaReason`
-
-
+# %% ../../nbs/20_vol/21_smile.ipynb #e679399d
 def delta_iv(
     group: Any,  # (n,) int, 0 .. n_groups - 1; others are ignored
     n_groups: int,  # how many expiries
@@ -216,7 +216,7 @@ def constant_maturity_groups(
     t, iv = _columns(t_nodes, iv_nodes)
     return ConstantMaturity(*_constant_maturity_kernel(np.asarray(offsets, dtype=np.int64), t, iv, wanted))
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #7b7ea6b7
 def constant_maturity(
     t_nodes: Any,  # (n,) years to expiry
     iv_nodes: Any,  # (n,) at-the-money volatility, decimal
@@ -244,7 +244,7 @@ class SviSlices(NamedTuple):
     params: np.ndarray  # (n, 5) a, b, rho, m, sigma
     status: np.ndarray  # (n,) int8, `SviStatus`
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #287b0473
 def svi_total_variance(
     params: Any,  # (..., 5) a, b, rho, m, sigma
     k: Any,  # (...) ln(K/F)
@@ -254,7 +254,7 @@ def svi_total_variance(
     x = np.asarray(k, dtype=np.float64) - m
     return a + b * (rho * x + np.sqrt(x * x + sigma * sigma))
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #f82b0e2b
 def svi_iv(
     params: Any,  # (..., 5) a, b, rho, m, sigma
     k: Any,  # (...) ln(K/F)
@@ -325,7 +325,7 @@ def _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v):
         x[c, d] = min(max(x[c, d], lo[d]), hi[d])
     return _svi_inner(x[c, 0], np.exp(x[c, 1]), k, w, omega, floor, u, v)[0]
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #15e9dc28
 @njit(cache=True, nogil=True, error_model="numpy")
 def _svi_start(x, f, lo, hi, k, w, omega, floor, u, v):
     """Three corners of the first simplex, around the best point of a coarse grid, into x and f."""
@@ -349,7 +349,7 @@ def _svi_trial(x, c, reach, lo, hi, k, w, omega, floor, u, v):
         x[c, d] = x[2, d] + reach * (0.5 * (x[0, d] + x[1, d]) - x[2, d])
     return _svi_cost(x, c, lo, hi, k, w, omega, floor, u, v)
 
-
+# %% ../../nbs/20_vol/21_smile.ipynb #dcffc13f
 @njit(cache=True, nogil=True, error_model="numpy")
 def _svi_order(x, f):
     """Sort the three corners by cost; the largest distance from the best one in m or ln sigma."""
@@ -435,14 +435,14 @@ def svi_fit_kernel(k, iv, t, weight, out):
     edge = edge or m <= lo[0] or m >= hi[0] or x[0, 1] <= lo[1] or x[0, 1] >= hi[1]
     return 2 if not closed else (1 if edge else 0)
 
-# %% ../../nbs/20_vol/21_smile.ipynb #3448ea4b
+# %% ../../nbs/20_vol/21_smile.ipynb #ac586db3
 @njit(cache=True, nogil=True, error_model="numpy")
 def _svi_fit_loop(offsets, k, iv, t, weight, params, status):
     for s in range(len(offsets) - 1):
         i, j = offsets[s], offsets[s + 1]
         status[s] = svi_fit_kernel(k[i:j], iv[i:j], t[s], weight[i:j], params[s])
 
-# %% ../../nbs/20_vol/21_smile.ipynb #ac586db3
+# %% ../../nbs/20_vol/21_smile.ipynb #44db075c
 def svi_fit_groups(
     offsets: Any,  # (s + 1,) int, rows of slice i are offsets[i] .. offsets[i + 1] - 1
     k: Any,  # (n,) ln(K/F)
@@ -518,6 +518,17 @@ class SviFit:
         """Fitted volatility at ln(K/F) = k."""
         return svi_iv(self.params, k, self.t)
 
+# %% ../../nbs/20_vol/21_smile.ipynb #e2c0124d
+def _svi_reason(status: SviStatus, grades: dict[str, bool], g: float, slope: float, n: int) -> str:
+    """Why a slice is not to be trusted, in words."""
+    if status == SviStatus.too_few_strikes:
+        return f"{n} usable rows hold fewer than 5 different strikes: no SVI; use the at-the-money volatility"
+    if status == SviStatus.invalid_input:
+        return "time to expiry is not positive: no SVI"
+    words = {"converged": "the search did not converge, the best so far is given", "within_bounds": "a parameter lies at its bound",
+             "butterfly": f"butterfly arbitrage, least g = {g:.3f}", "wings": f"wing slope {slope:.2f} exceeds 2"}
+    return "; ".join(text for name, text in words.items() if not grades[name])
+
 # %% ../../nbs/20_vol/21_smile.ipynb #f9c14bd6
 def fit_svi(
     k: Any,  # (n,) ln(K/F)
@@ -552,14 +563,3 @@ def _grade_svi(params: np.ndarray, status: SviStatus, t: float, k: np.ndarray, i
     return SviFit(params, t, status, _svi_reason(status, grades, g, slope, len(k)), len(k), **grades, min_g=g, wing_slope=slope,
                   rmse_vol_points=float(100 * np.sqrt(np.mean(miss**2))) if fitted else np.nan,
                   max_error_vol_points=float(100 * np.abs(miss).max()) if fitted else np.nan, inside=inside, rms_spreads=spreads)
-
-
-def _svi_reason(status: SviStatus, grades: dict[str, bool], g: float, slope: float, n: int) -> str:
-    """Why a slice is not to be trusted, in words."""
-    if status == SviStatus.too_few_strikes:
-        return f"{n} usable rows hold fewer than 5 different strikes: no SVI; use the at-the-money volatility"
-    if status == SviStatus.invalid_input:
-        return "time to expiry is not positive: no SVI"
-    words = {"converged": "the search did not converge, the best so far is given", "within_bounds": "a parameter lies at its bound",
-             "butterfly": f"butterfly arbitrage, least g = {g:.3f}", "wings": f"wing slope {slope:.2f} exceeds 2"}
-    return "; ".join(text for name, text in words.items() if not grades[name])

@@ -16,7 +16,7 @@ from .. import settings as defaults
 from ..market.pricing import call_delta_scalar, fast_exp, norm_cdf_scalar
 from ..settings import get_settings
 from ..units import ConfigError, PricingError
-from .overrides import get_iv_multiplier_override
+from .overrides import override_multiplier_at
 from .regimes import RegimeModel, RegimeParams, RegimeState
 
 # %% auto #0
@@ -309,13 +309,8 @@ def effective_multiplier(
     """Multiplier in force at each DTE: the override where there is one, else the regime's, else the applied or given surface's."""
     days = np.atleast_1d(np.asarray(dte, dtype=np.float64))
     out = regime_multiplier(surface_in_use(surface, underlying), days, regime)
-    if underlying is None:
-        return out
-    for day in np.unique(days):
-        value = get_iv_multiplier_override(underlying, float(day), float(day))
-        if value is not None:
-            out[days == day] = value
-    return out
+    by_hand = np.full(days.shape, np.nan) if underlying is None else override_multiplier_at(underlying, days)
+    return np.where(np.isfinite(by_hand), by_hand, out)
 
 # %% ../../nbs/20_vol/25_surface.ipynb #4d027cb8
 MIN_LEVEL = 0.01
