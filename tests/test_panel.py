@@ -86,7 +86,7 @@ def open_page(browser, address, width=1400):
         wrong = page.locator("[data-mime-type='application/vnd.jupyter.stderr']")
         try:
             page.goto(address, wait_until="commit", timeout=SLOW)
-            page.locator("button.widget-button, .jp-Notebook .jp-CodeCell").or_(wrong).first.wait_for(timeout=SLOW if last else SLOW / 4)
+            page.locator("button.widget-button:visible, .jp-Notebook .jp-CodeCell:visible").or_(wrong).first.wait_for(timeout=SLOW if last else SLOW / 4)
             break
         except playwright.TimeoutError:
             page.close()
