@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import vectorize
+from numba import njit, vectorize
 
 from .config import CalibrationFilters
 
 # %% auto #0
-__all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'time_keys', 'row_keys', 'stratified_sample']
+__all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'time_keys', 'row_keys', 'strata_order', 'stratified_sample']
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #9ceb7427
 def liquidity_filter(
@@ -69,32 +69,68 @@ def row_keys(
     return _mix(hashed[values.codes] ^ time_keys(time_ns, seed))
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #24382e83
-def _ranks(sorted_group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position within its group, and the group's size, for rows sorted by group."""
-    starts = np.flatnonzero(np.r_[True, sorted_group[1:] != sorted_group[:-1]])
-    sizes = np.diff(np.r_[starts, sorted_group.size])
-    return np.arange(sorted_group.size) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
+def strata_order(
+    stratum: np.ndarray,  # (n,) int below 2**24
+    keys: np.ndarray,  # (n,) uint64 from `row_keys`
+) -> np.ndarray:  # (n,) int64
+    """Rows by stratum, and within it by key."""
+    return np.argsort((stratum.astype(np.uint64) << np.uint64(40)) | (keys >> np.uint64(24)))
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #daca82ae
+@njit(cache=True, nogil=True, error_model="numpy")
+def _places(rows, stratum, keys, place):
+    """Where each row stands in its stratum, 0 to 1 in 2**-26; below that bits of its key, so that no two are alike."""
+    first = 0
+    for i in range(1, rows.size + 1):
+        if i == rows.size or stratum[rows[i]] != stratum[rows[first]]:
+            start = (keys[rows[first]] & np.uint64(0xFFFFF)) / 2.0**20
+            for j in range(first, i):
+                place[j] = (np.int64((j - first + start) / (i - first) * 2.0**26) << 14) | np.int64(keys[rows[j]] >> np.uint64(50))
+            first = i
+
+# %% ../../nbs/30_calibration/31_filters.ipynb #bf0fd1a4
+@njit(cache=True, nogil=True, error_model="numpy")
+def _take_first(rows, place, cap, bins, out):
+    """Mark the `cap` rows with the smallest places, of equal ones the earlier."""
+    bins[:] = 0
+    for value in place:
+        bins[value >> 32] += 1
+    last, left = 0, cap
+    while last < bins.size and bins[last] <= left:
+        left -= bins[last]
+        last += 1
+    for i in range(rows.size):
+        out[rows[i]] = place[i] >> 32 < last
+    for _ in range(left if last < bins.size else 0):
+        best = -1
+        for i in range(rows.size):
+            if place[i] >> 32 == last and not out[rows[i]] and (best < 0 or place[i] < place[best]):
+                best = i
+        out[rows[best]] = True
+
+# %% ../../nbs/30_calibration/31_filters.ipynb #3f400bc8
+@njit(cache=True, nogil=True, error_model="numpy")
+def _sample(order, keep, snapshot, stratum, keys, cap, out):
+    rows = order[keep[order]]
+    place, bins, first = np.empty(rows.size, dtype=np.int64), np.empty(256, dtype=np.int64), 0
+    _places(rows, stratum, keys, place)
+    for i in range(1, rows.size + 1):
+        if i == rows.size or snapshot[rows[i]] != snapshot[rows[first]]:
+            _take_first(rows[first:i], place[first:i], cap, bins, out)
+            first = i
+
+# %% ../../nbs/30_calibration/31_filters.ipynb #d8b84c6f
 def stratified_sample(
     keep: np.ndarray,  # (n,) rows to sample from
     snapshot: np.ndarray,  # (n,) int snapshot of each row
-    stratum: np.ndarray,  # (n,) int stratum of each row, distinct between snapshots
+    stratum: np.ndarray,  # (n,) int stratum of each row, numbered snapshot by snapshot, below 2**24
     keys: np.ndarray,  # (n,) uint64 from `row_keys`
     cap: int | None,  # most rows per snapshot; None or 0 takes all
+    order: np.ndarray | None = None,  # (n,) `strata_order` of these rows, where it is known already
 ) -> np.ndarray:  # (n,) bool
     """At most `cap` rows of each snapshot, in proportion to its strata."""
-    rows = np.flatnonzero(keep)
-    if not cap or rows.size == 0 or np.bincount(snapshot[rows]).max() <= cap:
+    if not cap:
         return keep.copy()
-    rows = rows[np.argsort((stratum[rows].astype(np.uint64) << np.uint64(40)) | (keys[rows] >> np.uint64(24)))]
-    rank, size = _ranks(stratum[rows])
-    start = (keys[rows[np.arange(rows.size) - rank]] & np.uint64(0xFFFFF)).astype(np.float64) / 2**20
-    share = ((rank + start) / size * 2**26).astype(np.uint64)
-    order = np.argsort(
-        (snapshot[rows].astype(np.uint64) << np.uint64(40)) | (share << np.uint64(14)) | (keys[rows] >> np.uint64(50)), kind="stable"
-    )
-    rows = rows[order]
     out = np.zeros(keep.size, dtype=bool)
-    out[rows[_ranks(snapshot[rows])[0] < cap]] = True
+    _sample(strata_order(stratum, keys) if order is None else order, keep, snapshot, stratum, keys, cap, out)
     return out

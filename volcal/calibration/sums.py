@@ -20,7 +20,7 @@ from numba import njit
 from . import residuals as res
 from .buckets import GroupLayout, LabelTable, group_labels, group_layout, label_table
 from .config import CalibrationConfig, judged_surface
-from .filters import liquidity_filter, row_keys, stratified_sample, time_keys
+from .filters import liquidity_filter, row_keys, strata_order, stratified_sample, time_keys
 from .residuals import COL, accumulate, add_to_histogram, price_scale, ratio, residual_kernel, residuals
 from .result import MultiplierCandidates
 from volcal.calibration.skew_fit import (
@@ -213,14 +213,25 @@ def _memberships(dte, sign, types, first, snapshot, whole, low, high, member, co
         member[i] = bits | (1 << low.size) if bits & 1 and whole[snapshot[i]] else bits
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #64ca8131
-def _thin(member: np.ndarray, bit: int, cap: int | None, snapshot: np.ndarray, stratum: np.ndarray, keys: np.ndarray) -> int:
-    """Take the rows beyond a sample's cap out of it; how many."""
-    if not cap:
-        return 0
-    inside = (member & (1 << bit)) != 0
-    beyond = inside & ~stratified_sample(inside, snapshot, stratum, keys, cap)
-    member[beyond] &= ~(1 << bit)
-    return int(beyond.sum())
+@njit(cache=True, nogil=True, error_model="numpy")
+def _leave_out(member, sample, kept):
+    """Take the rows that are not kept out of a sample; how many."""
+    left = 0
+    for i in range(member.size):
+        if member[i] & sample and not kept[i]:
+            member[i] ^= sample
+            left += 1
+    return left
+
+
+def _thin(member: np.ndarray, caps: list[int | None], snapshot: np.ndarray, stratum: np.ndarray, keys: np.ndarray) -> int:
+    """Take the rows beyond each sample's cap out of it; how many of the first one's."""
+    order, left = strata_order(stratum, keys) if any(caps) else None, [0] * len(caps)
+    for bit, cap in enumerate(caps):
+        if cap:
+            kept = stratified_sample((member & (1 << bit)) != 0, snapshot, stratum, keys, cap, order)
+            left[bit] = int(_leave_out(member, 1 << bit, kept))
+    return left[0]
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #6df85642
 def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row counts
@@ -237,8 +248,8 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     types = np.array([kind in config.option_types for kind in ("C", "P")])
     member, excluded, dropped = np.empty(sign.size, dtype=np.int64), np.zeros(2, dtype=np.int64), np.zeros(len(rules), dtype=np.int64)
     _memberships(columns["dte"], sign, types, first, place, whole, low, high, member, excluded, dropped)
-    thinned = [_thin(member, bit, cap, columns["snapshot"], groups.group * 2 + (sign < 0), keys) for bit, (_, _, cap) in enumerate(ranges.values())]
-    counts = Counter({"outside_dte_ranges": int(excluded[0]), "option_type_not_used": int(excluded[1]), "not_sampled": thinned[0]})
+    not_sampled = _thin(member, [cap for _, _, cap in ranges.values()], columns["snapshot"], groups.group * 2 + (sign < 0), keys)
+    counts = Counter({"outside_dte_ranges": int(excluded[0]), "option_type_not_used": int(excluded[1]), "not_sampled": not_sampled})
     samples = {name: bit for bit, name in enumerate([*ranges, "ladder"])}
     return Prepared(member, samples, place, sign, keys, groups, counts, Counter(dict(zip(rules, dropped.tolist()))))
 
@@ -324,7 +335,7 @@ def add_errors(
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #078cd701
 class _Columns(NamedTuple):
-    """What the loop reads, one value per row of the chain."""
+    """What the loop reads, one value per row that is in a sample."""
 
     mark_price: np.ndarray
     mark_iv: np.ndarray
@@ -430,7 +441,7 @@ def _cut(columns, start, stop):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _add_rows(columns, shared, rules, scratch, groups, positions, position_rv, moments, histogram, used, missing):
-    """Add all rows to every sum; those of no sample count nowhere."""
+    """Add all rows to every sum."""
     rows = columns[0].size
     for start in range(0, rows, BLOCK):
         stop = min(start + BLOCK, rows)
@@ -440,11 +451,13 @@ def _add_rows(columns, shared, rules, scratch, groups, positions, position_rv, m
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #346ea404
 def _loop_columns(chain: Chain, ready: Prepared, plan: Plan) -> _Columns:
-    columns, groups = chain.columns, ready.groups
-    given = {name: read_only(columns[name]) for name in _Columns._fields[:10]}
-    term, linear = read_only(term_multiplier(plan.surface, given["dte"])), read_only(columns["settlement"].codes, np.int8)
-    whole = [read_only(values, np.int64) for values in (ready.member, ready.place, groups.group, groups.number)]
-    return _Columns._make([*given.values(), read_only(ready.sign), linear, term, *whole])
+    """Of the rows that are in a sample; the others count nowhere."""
+    columns, groups, some = chain.columns, ready.groups, np.flatnonzero(ready.member)
+    at = slice(None) if some.size == ready.member.size else some
+    given = {name: read_only(columns[name][at]) for name in _Columns._fields[:10]}
+    term, linear = read_only(term_multiplier(plan.surface, given["dte"])), read_only(columns["settlement"].codes[at], np.int8)
+    whole = [read_only(values[at], np.int64) for values in (ready.member, ready.place, groups.group, groups.number)]
+    return _Columns._make([*given.values(), read_only(ready.sign[at]), linear, term, *whole])
 
 
 def _loop_scratch(partitions: int) -> _Scratch:
