@@ -22,7 +22,7 @@ from test_historical import ASSETS, FULL, START, differences, same, snapshot, wr
 from typer.testing import CliRunner
 
 from volcal.calibration import cache as cache_room
-from volcal.calibration import historical, sums
+from volcal.calibration import executors, historical, sums
 from volcal.calibration.cache import SUMS, DayCache, DayWork
 from volcal.calibration.days import DayResult, DayTask
 from volcal.calibration.executors import ClusterPool, LocalPool, open_executor
@@ -372,6 +372,15 @@ def test_a_killed_worker_costs_its_day_only(harvest: Path, place: Path, monkeypa
         found = calibrate(harvest, pool, place, **FULL)
     assert found.events["days_done_again"] == 1 and same_but(alone, found, "days_done_again")
     assert same(alone, calibrate(harvest, cache=place, **FULL))
+
+
+@pytest.mark.parametrize("limit, started", [(8, True), (100_000, False)])
+def test_many_files_go_to_processes_unless_told(harvest: Path, monkeypatch: pytest.MonkeyPatch, limit: int, started: bool) -> None:
+    monkeypatch.setattr(executors, "MANY_FILES", limit)
+    with open_executor() as pool:
+        found = calibrate(harvest, pool)
+        assert bool(pool._all) is started
+    assert same(calibrate(harvest), found)
 
 
 def test_a_broken_plain_pool_leaves_its_days_to_us(harvest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from ..units import ConfigError, JobError
 log = logging.getLogger("volcal.executors")
 
 # %% auto #0
-__all__ = ['log', 'MAX_ATTEMPTS', 'ANSWER_SECONDS', 'BATCH', 'HERE', 'PASSING', 'LOADERS', 'spread', 'LocalPool',
+__all__ = ['log', 'MAX_ATTEMPTS', 'ANSWER_SECONDS', 'BATCH', 'MANY_FILES', 'HERE', 'PASSING', 'LOADERS', 'spread', 'LocalPool',
            'prepare_cluster_worker', 'ClusterPool', 'open_executor', 'compute_days', 'run_days']
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #bb1e2c85
@@ -154,8 +154,9 @@ class LocalPool(Executor):
         self,
         workers: int,  # processes
         context: str | None = None,  # how they start; None: from a prepared server where the system has that
+        least_files: int = 0,  # days of fewer files than this are computed in the calling process
     ) -> None:
-        self.workers, self.lost, self._context = workers, 0, _context(context)
+        self.workers, self.lost, self.least_files, self._context = workers, 0, least_files, _context(context)
         self._threads, self._own, self._all = ThreadPoolExecutor(workers), threading.local(), list[ProcessPoolExecutor]()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
@@ -305,20 +306,23 @@ class ClusterPool(Executor):
         self._client.close()
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #72a09b37
-def _pool(workers: int, cluster: str | None) -> LocalPool | ClusterPool | None:
+MANY_FILES = 4_000  # from here on processes pay their start on two cores
+
+
+def _pool(workers: int | None, cluster: str | None) -> LocalPool | ClusterPool | None:
     """Whoever is asked for; None for this process alone."""
-    if workers < 0 or (cluster and workers > 1):
+    if workers is not None and (workers < 0 or (cluster and workers > 1)):
         told = "both a cluster and workers of this machine are asked for" if cluster else f"{workers} workers can compute nothing"
         raise ConfigError(f"{told}, so nothing was run; give --workers N (0: one per core) or --cluster tcp://host:8786")
     if cluster:
         return ClusterPool(cluster)
     count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return LocalPool(count) if count > 1 else None
+    return LocalPool(count, least_files=MANY_FILES if workers is None else 0) if count > 1 else None
 
 
 @contextlib.contextmanager
 def open_executor(
-    workers: int = 1,  # processes of this machine; 1 computes in this one, 0 takes one per core
+    workers: int | None = None,  # processes of this machine; 1 computes in this one, 0 takes one per core; None: so from 4,000 files on
     cluster: str | None = None,  # address of a dask scheduler, instead
 ) -> Iterator[Executor | None]:  # None: days are computed in this process
     """Whoever is to compute days, until the end of the block. Raises `ConfigError`."""
@@ -342,9 +346,16 @@ def _here(work: DayWork, tasks: list[DayTask], counts: Counter) -> Iterator[Any]
         yield from spread(work.compute, tasks, threads, counts, HERE + 1)
 
 
+def _files(tasks: list[DayTask]) -> int:
+    """How many files some days are read from: a compacted day is one."""
+    return sum(len({ref.path for ref in task.refs}) for task in tasks)
+
+
 def compute_days(work: DayWork, tasks: list[DayTask], executor: Executor | None, counts: Counter) -> Iterator[Any]:
     """Outcomes of each day in order, wherever they are computed."""
-    return _here(work, tasks, counts) if executor is None else spread(work.compute, tasks, executor, counts)
+    least = getattr(executor, "least_files", 0)
+    few = least > 0 and _files(tasks) < least
+    return _here(work, tasks, counts) if executor is None or few else spread(work.compute, tasks, executor, counts)
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #2309f3f2
 PASSING = ("unreadable", "not_in_file")  # what may be the disc's or the network's fault, and gone the next time

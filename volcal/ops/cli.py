@@ -247,7 +247,10 @@ DteMax = Annotated[float, typer.Option(help="Last day to expiry, inclusive.")]
 LookbackDays = Annotated[float, typer.Option(help="Length of the window, days.")]
 AsOf = Annotated[str | None, typer.Option(metavar="ISO", help="End of the window, UTC.  [default: now]")]
 OptionTypes = Annotated[str, typer.Option(help="C, P or C,P.")]
-Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.  [default: so from 4,000 files on]"),
+]
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="tcp://HOST:PORT", help="A dask scheduler whose workers compute days, instead.")]
 Cache = Annotated[
     str | None,
@@ -264,9 +267,9 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(to_plain(content), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def computing(workers: int, cluster: str | None, cache: str | None, no_cache: bool) -> dict[str, Any]:
+def computing(workers: int | None, cluster: str | None, cache: str | None, no_cache: bool) -> dict[str, Any]:
     """Who computes days, and where finished ones are kept."""
-    if cluster and workers != 1:
+    if cluster and workers is not None:
         raise typer.BadParameter("--workers are of this machine and --cluster has its own, so nothing was run; give one of them")
     if cache and no_cache:
         raise typer.BadParameter("--cache keeps days and --no-cache keeps none, so nothing was run; give one of them")
@@ -324,7 +327,7 @@ def auto_calibrate_command(
     report_dir: ReportDir = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply the recommendation where guardrails and policy agree.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Calibrate and judge only: no report, no history row.")] = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     cluster: Cluster = None,
     cache: Cache = None,
     no_cache: NoCache = False,
@@ -364,7 +367,7 @@ def auto_calibrate_all_command(
     report_dir: ReportDir = None,
     apply: Annotated[bool, typer.Option("--apply", help="Apply where guardrails and policy agree.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out what was already recorded today.")] = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     cluster: Cluster = None,
     cache: Cache = None,
     no_cache: NoCache = False,
@@ -555,7 +558,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML or JSON
 def calibrate_command(
     config: ConfigPath,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the whole result as JSON to this file.")] = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     cluster: Cluster = None,
     cache: Cache = None,
     no_cache: NoCache = False,
