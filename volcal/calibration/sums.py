@@ -94,7 +94,7 @@ class Sums:
     positions: np.ndarray  # (groups, POSITIONS) vega x mark IV along the smile
     position_rv: np.ndarray  # (groups,) vega x RV of the same rows
     moments: np.ndarray  # (2, anchors, 6) of the skew fit
-    histogram: np.ndarray  # (bins,) of |pct_error|
+    histogram: np.ndarray  # (bins,) of |pct_error|; int32 for one chain, int64 once they are added up
     counts: Counter = field(default_factory=Counter)  # events by code
     liquidity: Counter = field(default_factory=Counter)  # rows dropped by liquidity rule
     rows: list[pa.Table | pd.DataFrame] = field(default_factory=list)
@@ -139,7 +139,7 @@ def add_sums(
         a.positions + b.positions,
         a.position_rv + b.position_rv,
         a.moments + b.moments,
-        a.histogram + b.histogram,
+        np.add(a.histogram, b.histogram, dtype=np.int64),
         a.counts + b.counts,
         a.liquidity + b.liquidity,
         rows,
@@ -494,7 +494,7 @@ def chain_sums(
     scratch = _loop_scratch(len(rules.labels.partitions))
     _add_rows(columns, shared, rules, scratch, out.groups, out.positions, out.position_rv, out.moments, out.histogram, used, missing)
     out.counts = ready.counts + Counter({"rows_without_trusted_rv": int(missing[0]), "rows_without_atm": int(missing[1])})
-    out.liquidity = ready.liquidity
+    out.liquidity, out.histogram = ready.liquidity, out.histogram.astype(np.int32)  # half as much to send and to keep
     out.rows = [_sample_rows(chain, ready, plan, rv, regime)]
     levels = level_columns(chain, expiry_table(chain.columns, ready.groups))
     out.timeline = [pa.table(levels | {"time": _utc_array(chain.tallies["time"].asi8), "rv": rv, "rows": used})]
