@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -528,6 +528,24 @@ def test_workers_of_another_version_are_refused(cluster: str, monkeypatch: pytes
     monkeypatch.setattr("volcal.calibration.executors.SOURCE_VERSION", "later")
     with pytest.raises(ConfigError, match="2 of 2 workers run another volcal"):
         ClusterPool(cluster)
+
+
+def test_a_cluster_that_loses_its_workers_says_so_and_goes_on_with_the_next(
+    harvest: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(executors, "WAIT_SECONDS", 0.3)
+    with distributed.LocalCluster(n_workers=1, processes=False, dashboard_address=":0", silence_logs=50) as running:
+        with open_executor(cluster=running.scheduler_address) as pool:
+            running.scale(0)
+            with ThreadPoolExecutor(1) as aside, caplog.at_level(logging.WARNING, "volcal.executors"):
+                waiting = aside.submit(calibrate, harvest, pool)
+                until = time.monotonic() + 60
+                while "has no workers left" not in caplog.text and time.monotonic() < until:
+                    time.sleep(0.1)
+                running.scale(1)
+                found = waiting.result(120)
+    assert "has no workers left" in caplog.text and same(calibrate(harvest), found)
 
 
 def test_a_cluster_without_workers_is_refused() -> None:

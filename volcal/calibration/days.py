@@ -91,7 +91,7 @@ def _rows_of_day(batch: RawBatch, harvest: HarvestConfig) -> tuple[np.ndarray, C
     time_ns, dated = read_times(batch.columns["harvest_time"]).asi8, np.empty(len(batch), dtype=bool)
     named = np.array([ref.time.value for ref in batch.refs], dtype=np.int64)
     _believable(time_ns, np.asarray(batch.columns["snapshot"]), named, CLOCK_TOLERANCE_MINUTES * 60e9, dated)
-    keep = dated & (harvested_within(time_ns, harvest.start_time, harvest.end_time) | (time_ns == NO_TIME_NS))
+    keep = dated & harvested_within(time_ns, harvest.start_time, harvest.end_time)
     return keep, Counter({"clock_disagrees": len(batch) - int(dated.sum()), "harvested_outside_window": int(dated.sum() - keep.sum())})
 
 

@@ -19,7 +19,7 @@ import threading
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any
 
 import pyarrow as pa
@@ -31,8 +31,8 @@ from ..units import ConfigError, JobError
 log = logging.getLogger("volcal.executors")
 
 # %% auto #0
-__all__ = ['log', 'MAX_ATTEMPTS', 'ANSWER_SECONDS', 'BATCH', 'MANY_FILES', 'HERE', 'PASSING', 'LOADERS', 'spread', 'LocalPool',
-           'prepare_cluster_worker', 'ClusterPool', 'open_executor', 'compute_days', 'run_days']
+__all__ = ['log', 'WAIT_SECONDS', 'MAX_ATTEMPTS', 'ANSWER_SECONDS', 'BATCH', 'MANY_FILES', 'HERE', 'PASSING', 'LOADERS', 'spread',
+           'LocalPool', 'prepare_cluster_worker', 'ClusterPool', 'open_executor', 'compute_days', 'run_days']
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #bb1e2c85
 def _each(work: Callable[[Any], Any], tasks: list[Any]) -> list[Any]:
@@ -49,8 +49,13 @@ def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any]) ->
         return failed
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #a5dd2fca
-def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter) -> list[Any]:
+WAIT_SECONDS = 30.0  # before an executor looks whether there is still somebody to wait for
+
+
+def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter, executor: Executor) -> list[Any]:
     try:
+        while not wait([future], WAIT_SECONDS).done:
+            getattr(executor, "look", lambda: None)()
         return future.result()
     except BrokenExecutor as error:
         log.warning("the executor is broken (%s), %d days are done here", error, len(tasks))
@@ -79,7 +84,7 @@ def spread(
     def outcomes() -> Iterator[Any]:
         try:
             while waiting:
-                found = _outcomes(work, *waiting.popleft(), counts)
+                found = _outcomes(work, *waiting.popleft(), counts, executor)
                 waiting.extend((batch, _submit(executor, work, batch)) for batch in itertools.islice(source, 1))
                 yield from found
         finally:
@@ -300,6 +305,12 @@ class ClusterPool(Executor):
     def lost(self) -> int:
         """Days that were with a worker when it died."""
         return sum(self._days.get(str(key), 0) for key in _keys_of_the_dead(self._client.get_events("all")))
+
+    def look(self) -> None:
+        """Say so where every worker is gone: the days wait until another comes."""
+        if not self._client.nthreads():
+            address = self._client.scheduler.address
+            log.warning("the cluster at %s has no workers left, its days wait for one; start one with `dask worker %s`", address, address)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         self._inner.shutdown(wait=wait and not cancel_futures)

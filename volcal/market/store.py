@@ -563,12 +563,12 @@ def harvested_within(
     start: Any = None,  # first instant, inclusive
     end: Any = None,  # last instant, inclusive
 ) -> np.ndarray:  # (n,) bool
-    """Which rows were harvested in a window; names told the minute only."""
+    """Which rows were harvested in a window, names told the minute only; those without a time are left for the chain to count."""
     if start is None and end is None:
         return np.ones(len(time_ns), dtype=bool)
-    low = NO_TIME_NS + 1 if start is None else to_utc(start).value
+    low = NO_TIME_NS if start is None else to_utc(start).value
     high = np.iinfo(np.int64).max if end is None else to_utc(end).value
-    return (time_ns >= low) & (time_ns <= high)
+    return ((time_ns >= low) & (time_ns <= high)) | (time_ns == NO_TIME_NS)
 
 
 def within_window(
@@ -576,7 +576,7 @@ def within_window(
     start: Any = None,  # first instant, inclusive
     end: Any = None,  # last instant, inclusive
 ) -> pd.DataFrame:
-    """The rows harvested in a window."""
+    """The rows harvested in a window, and those without a time."""
     keep = harvested_within(pd.DatetimeIndex(frame["harvest_time"].array, copy=False).as_unit("ns").asi8, start, end)
     return frame if keep.all() else frame[keep]
 
