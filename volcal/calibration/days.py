@@ -99,6 +99,12 @@ def _only(columns: Mapping[str, Any] | pd.DataFrame, keep: np.ndarray) -> Mappin
     return columns if keep.all() else {str(name): values[keep] for name, values in columns.items()}
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #7f9be88e
+def _places(some: list[SnapshotRef], refs: list[SnapshotRef]) -> np.ndarray:
+    """(len(some),) where some of the snapshots stand among all."""
+    number = {ref.time: at for at, ref in enumerate(refs)}
+    return np.array([number[ref.time] for ref in some], dtype=np.int64)
+
+# %% ../../nbs/30_calibration/36b_days.ipynb #e81e034f
 def day_chain(
     task: DayTask,
     batch: RawBatch,
@@ -108,8 +114,8 @@ def day_chain(
     assert harvest is not None
     keep, events = _rows_of_day(batch, harvest)
     chain = normalize_chain(_only(batch.columns, keep), forward=harvest.forward, quote_iv=False, asset=task.refs[0].asset, risk_free_rate=config.risk_free_rate)
-    place = {ref.time: number for number, ref in enumerate(task.refs)}
-    where = np.array([place[batch.refs[int(s)].time] for s in chain.tallies["snapshot"]], dtype=np.int64)
+    read = np.asarray(chain.tallies["snapshot"], dtype=np.int64)
+    where = read if batch.refs == task.refs else _places(batch.refs, task.refs)[read]
     events.update({name: count for name, count in chain.counts.items() if name not in _NOT_EVENTS})
     return chain, where, events
 

@@ -819,20 +819,26 @@ def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignor
         _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out)
 
 # %% ../../nbs/10_market/13_chain.ipynb #844b41b5
+@functools.lru_cache(maxsize=256)
+def _category_type(categories: tuple[str, ...]) -> pd.CategoricalDtype:
+    """One type for all chains of a kind: making it costs more than filling it."""
+    return pd.CategoricalDtype(list(categories))
+
+
 def _assemble(
     raw: dict[str, Any], keep: np.ndarray, code: np.ndarray, names: _Names, assets: list[str], made: _Computed,
 ) -> LazyColumns:
     """The chain's columns from its parts; arrays are not copied."""
     at = slice(None) if keep.size == code.size else keep
     of = code[at]
-    def kind(codes: np.ndarray, categories: list[str]) -> Any:
-        return lambda: pd.Categorical.from_codes(codes.astype(np.int8)[of], dtype=pd.CategoricalDtype(categories), validate=False)
+    def kind(codes: np.ndarray, *categories: str) -> Any:
+        return lambda: pd.Categorical.from_codes(codes.astype(np.int8)[of], dtype=_category_type(categories), validate=False)
     def kept(column: str) -> Any: return lambda: raw[column][at]
     greeks = [name for name in raw if name.startswith("greek_") and not np.isnan(raw[name]).all()]
     return LazyColumns({
         "snapshot": kept("snapshot"), "harvest_time": kept("harvest_time"), "instrument_name": kept("instrument_name"),
-        "underlying": kind(names.asset, assets), "settlement": kind(names.linear, ["inverse", "linear"]),
-        "expiry": lambda: _utc_index(names.expiry_ns[of]), "option_type": kind(names.sign < 0, ["C", "P"]), "strike": made.strike,
+        "underlying": kind(names.asset, *assets), "settlement": kind(names.linear, "inverse", "linear"),
+        "expiry": lambda: _utc_index(names.expiry_ns[of]), "option_type": kind(names.sign < 0, "C", "P"), "strike": made.strike,
         "forward": made.forward, "index_price": kept("index_price"), "mark_price": kept("mark_price"), "mark_usd": made.mark_usd,
         "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
         "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
