@@ -221,6 +221,8 @@ def test_out_of_sample_stands_beside_in_sample() -> None:
     assert both.recommended_metrics.count == both.count and both.out_of_sample_metrics.count == late.count
     assert both.out_of_sample_metrics.recommended_iv_multiplier == pytest.approx(early.recommended_iv_multiplier, rel=1e-12)
     assert both.out_of_sample_metrics.vega_weighted_mae_pct == pytest.approx(late.recommended_metrics.vega_weighted_mae_pct, rel=0.05)
+    assert both.out_of_sample_configured_metrics.count == late.count
+    assert both.out_of_sample_configured_metrics.vega_weighted_mae_pct == pytest.approx(late.global_metrics.vega_weighted_mae_pct, rel=0.05)
 
 
 # ---- the real market

@@ -70,6 +70,9 @@ class Settings(_Surface):
     )
     guardrail_degraded_rv_stderr: float = Field(0.15, description="in the job, a relative standard error of RV above this degrades")
     guardrail_degraded_min_samples: int = Field(50, description="in the job, fewer samples than this degrade")
+    guardrail_degraded_out_of_sample_ratio: float = Field(
+        1.5, gt=0, description="in the job, an out-of-sample vega-weighted MAE above this many times that of the surface now degrades"
+    )
 
     policy_min_delta: float = Field(0.03, ge=0, description="smallest change of the multiplier worth applying")
     policy_min_sample_size: int = Field(50, ge=0, description="fewest options that a run to be applied must rest on")

@@ -304,20 +304,21 @@ def out_of_sample(
     rows: pd.DataFrame,  # sampled headline rows of the whole window
     boundary_ns: int,  # last snapshot of the earlier part
     plan: Plan,
-) -> GlobalMetrics | None:  # None where either part is empty
-    """Metrics on the later part of a surface that only the earlier part informed."""
+) -> dict[str, GlobalMetrics]:  # by name of the result's field; empty where either part is
+    """Metrics on the later part: of a surface that only the earlier part informed, and of the configured one."""
     later = rows[rows["in_headline"] & (rows["time_ns"] > boundary_ns)]
     if later.empty or early.groups[0, COL["count"]] == 0:
-        return None
+        return {}
     fit = fit_sums(early, plan)
     chosen = _minimisers(rows[rows["time_ns"] <= boundary_ns], fit, plan) if plan.config.multiplier_method == "min_mae" else {}
     bands, _ = _type_and_band_results(early, fit, plan, chosen)
     multiplier = group_candidates(early.groups[0], float(fit.levels[0]), chosen.get(0, (math.nan, False)))[plan.config.multiplier_method]
     if multiplier is None:
-        return None
-    surface = recommended_surface(plan, fit, multiplier, bands)
+        return {}
     c = row_columns(later)
-    return global_metrics(measure(c, surface_iv(surface, c)), multiplier)
+    judged = {"out_of_sample_metrics": (recommended_surface(plan, fit, multiplier, bands), multiplier),
+              "out_of_sample_configured_metrics": (plan.surface, plan.config.iv_multiplier)}
+    return {name: global_metrics(measure(c, surface_iv(surface, c)), level) for name, (surface, level) in judged.items()}
 
 # %% ../../nbs/30_calibration/36_engine.ipynb #19decd31
 @dataclass(frozen=True)
@@ -446,7 +447,7 @@ def finish(
         atm_source="vega-weighted at-the-money mark IV of the used expiries",
         recommended_iv_multiplier=v.multiplier, multiplier_method=config.multiplier_method, multiplier_candidates=v.candidates,
         bands=v.bands, by_option_type=v.types, option_types_used=[str(kind) for kind in config.option_types],
-        out_of_sample_metrics=out_of_sample(early, v.rows, boundary_ns, plan) if early is not None else None,
+        **(out_of_sample(early, v.rows, boundary_ns, plan) if early is not None else {}),
         error_ladder=_ladder_block(v, sums, plan), reproducibility=_reproducibility(config, source),
         active_overrides=[to_plain(override) for override in active_iv_multiplier_overrides()],
         **_metric_blocks(v, sums, plan), **_skew_and_surface_blocks(v, plan), **_window_blocks(sums, source),

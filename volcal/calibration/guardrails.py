@@ -119,6 +119,15 @@ def judged_metrics(
     bare = Metrics(count=result.count, mae_pct=result.mae_pct, bias_pct=result.bias_pct)
     return result.recommended_metrics or result.global_metrics or bare
 
+# %% ../../nbs/30_calibration/39_guardrails.ipynb #c7d1e90a
+def _rival_breach(result: CalibrationResult, ratio: float) -> list[str]:
+    """Whether the recommendation did far worse than the surface now, where it was not fitted."""
+    new, old = result.out_of_sample_metrics, result.out_of_sample_configured_metrics
+    found, now = (_as_float(part and part.vega_weighted_mae_pct) for part in (new, old))
+    if not found > ratio * now:
+        return []
+    return [f"out of sample, its vega-weighted MAE of {found:.4g} % exceeds {ratio:g} times the {now:.4g} % of the surface now"]
+
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #4eeab7b4
 def _caution(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
     """Reasons to degrade a run that did not fail."""
@@ -135,14 +144,14 @@ def _caution(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
     for band in result.bands:
         if band.recommended_iv_multiplier is not None:
             told += _multiplier_breach(f"multiplier of band {band.name}", band.recommended_iv_multiplier, limits)
-    return told
+    return told + _rival_breach(result, limits["degraded_out_of_sample_ratio"])
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #d40170ba
 def assess_job(
     result: CalibrationResult,
     settings: Settings | None = None,  # thresholds; default: this process's
 ) -> tuple[str, str]:  # status, reason
-    """The verdict on a job's result: the guardrails, then thin samples, unsure realized vol, large errors and odd bands."""
+    """The verdict on a job's result: the guardrails, then thin samples, unsure realized vol, large errors, odd bands and a better rival."""
     metrics, limits = judged_metrics(result), guardrail_thresholds(settings)
     mae = math.nan if metrics.mae_pct is None else metrics.mae_pct
     vega_mae = math.nan if metrics.vega_weighted_mae_pct is None else metrics.vega_weighted_mae_pct

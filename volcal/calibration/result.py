@@ -390,7 +390,8 @@ class CalibrationResult(ResultViews, ResultCore):
 
     global_metrics: GlobalMetrics | None = None  # of the configured surface
     recommended_metrics: GlobalMetrics | None = None
-    out_of_sample_metrics: GlobalMetrics | None = None
+    out_of_sample_metrics: GlobalMetrics | None = None  # recommended on the earlier part of the window, measured on the last
+    out_of_sample_configured_metrics: GlobalMetrics | None = None  # of the configured surface, on the same last part
     residuals_summary: ResidualsSummary | None = None
     buckets: list[BucketResult] = []
     bands: list[BandResult] = []
@@ -509,7 +510,7 @@ def result_summary(
     r = result
     now = None if r.global_metrics is None else r.global_metrics.model_copy(update={"recommended_iv_multiplier": r.iv_multiplier})
     parts: list[tuple[str, Metrics | None]] = [("surface now", now), ("recommended", r.recommended_metrics)]
-    parts += [("out of sample", r.out_of_sample_metrics)]
+    parts += [("out of sample", r.out_of_sample_metrics), ("now, same options", r.out_of_sample_configured_metrics)]
     parts += [(f"now, {band.name} {band.min_dte:g}-{band.max_dte:g} d *", band) for band in r.bands]
     parts += [(f"ladder: {rung.name}", rung) for rung in r.error_ladder]
     table = [_METRICS_HEAD] + [_metrics_line(name, part) for name, part in parts if part is not None]

@@ -66,7 +66,8 @@ class _Details(BaseModel):
 _LOG = logging.getLogger("volcal.ops.history")
 DETAIL_PARTS = (
     "bands", "recommended_skew", "skew_misfit", "data_quality", "snapshot_sensors", "reproducibility", "recommended_vol_surface",
-    "vol_surface_diff", "multiplier_candidates", "global_metrics", "recommended_metrics", "out_of_sample_metrics", "time_range",
+    "vol_surface_diff", "multiplier_candidates", "global_metrics", "recommended_metrics", "out_of_sample_metrics", "out_of_sample_configured_metrics",
+    "time_range",
     "rv_annualized", "rv_source", "rv_stderr", "atm_iv", "spot", "events", "active_overrides")
 MAX_INTEGER = 2**31 - 1  # of a database column
 FEW = 20  # rows looked at before all are

@@ -221,9 +221,10 @@ def headline_sentence(result: CalibrationResult) -> str:
     base = f"{days:g}-day realized vol ({percent(result.rv_annualized)})" if days else "realized vol"
     if on_default(result):
         base = f"the default volatility of {percent(result.default_iv, 0)} (realized vol is not trusted)"
-    later = result.out_of_sample_metrics
+    later, rival = result.out_of_sample_metrics, result.out_of_sample_configured_metrics
+    against = f", where the surface now has {shown(rival.vega_weighted_mae_pct)} %" if rival else ""
     tested = (
-        f" ({shown(later.vega_weighted_mae_pct)} % on the last part of the window when fitted without it)"
+        f" ({shown(later.vega_weighted_mae_pct)} % on the last part of the window when fitted without it{against})"
         if later and later.vega_weighted_mae_pct is not None
         else ""
     )
@@ -324,6 +325,7 @@ def metrics_table(result: CalibrationResult) -> Block:
         ("surface now", now),
         ("recommended, in sample", result.recommended_metrics),
         ("recommended, out of sample", result.out_of_sample_metrics),
+        ("surface now, same options", result.out_of_sample_configured_metrics),
     ]
     return Block(html_table(["", *METRIC_HEAD], [[name, *metric_cells(part)] for name, part in parts if part is not None], strong=1))
 
