@@ -393,9 +393,10 @@ def _metric_blocks(v: Verdict, sums: Sums, plan: Plan) -> dict[str, Any]:
 def _window_blocks(sums: Sums, source: Source) -> dict[str, Any]:
     """The window through time, and what happened in it."""
     timeline, events = stacked(sums.timeline), sums.counts + source.events
-    spot = timeline["spot"].dropna()
+    spot, used = timeline["spot"].dropna(), (timeline["rows"] > 0) & np.isfinite(timeline["rv"])
     return {
         "spot": float(spot.iloc[-1]) if len(spot) else None, "as_of": source.as_of, "snapshot_count": len(timeline),
+        "used_snapshot_count": int(used.sum()),
         "time_range": TimeRange(start=timeline["time"].min(), end=timeline["time"].max()), "timeline": frame_to_rows(timeline),
         "events": {name: int(count) for name, count in sorted(events.items()) if count}, "notes": list(source.notes),
         "data_quality": source.data_quality, "rv_source": source.rv_source, "rv_stderr": source.rv_stderr, "source": source.kind,

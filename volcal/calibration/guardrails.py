@@ -120,13 +120,14 @@ def judged_metrics(
     return result.recommended_metrics or result.global_metrics or bare
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #c7d1e90a
-def _rival_breach(result: CalibrationResult, ratio: float) -> list[str]:
-    """Whether the recommendation did far worse than the surface now, where it was not fitted."""
-    new, old = result.out_of_sample_metrics, result.out_of_sample_configured_metrics
+def _later_breach(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
+    """Whether the recommendation did badly where it was not fitted, or far worse than the surface now."""
+    new, old, ratio = result.out_of_sample_metrics, result.out_of_sample_configured_metrics, limits["degraded_out_of_sample_ratio"]
     found, now = (_as_float(part and part.vega_weighted_mae_pct) for part in (new, old))
-    if not found > ratio * now:
-        return []
-    return [f"out of sample, its vega-weighted MAE of {found:.4g} % exceeds {ratio:g} times the {now:.4g} % of the surface now"]
+    told = _error_breach("out-of-sample vega-weighted MAE", new and new.vega_weighted_mae_pct, limits["degraded_vega_weighted_mae_pct"])
+    if found > ratio * now:
+        told.append(f"out of sample, its vega-weighted MAE of {found:.4g} % exceeds {ratio:g} times the {now:.4g} % of the surface now")
+    return told
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #4eeab7b4
 def _caution(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
@@ -144,7 +145,7 @@ def _caution(result: CalibrationResult, limits: dict[str, float]) -> list[str]:
     for band in result.bands:
         if band.recommended_iv_multiplier is not None:
             told += _multiplier_breach(f"multiplier of band {band.name}", band.recommended_iv_multiplier, limits)
-    return told + _rival_breach(result, limits["degraded_out_of_sample_ratio"])
+    return told + _later_breach(result, limits)
 
 # %% ../../nbs/30_calibration/39_guardrails.ipynb #d40170ba
 def assess_job(

@@ -411,6 +411,7 @@ class CalibrationResult(ResultViews, ResultCore):
     error_ladder: list[LadderRung] = []
     reproducibility: Reproducibility | None = None
     snapshot_count: int | None = None
+    used_snapshot_count: int | None = None  # with a realized vol and an option that counts
     time_range: TimeRange | None = None
     timeline: Records = []  # per snapshot: time, spot, rv, atm_iv, ...
     active_overrides: list[dict[str, Any]] = []  # recorded, not used

@@ -901,18 +901,23 @@ def build_regimes_command(
     report_dir: ReportDir = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Learn regimes, write the model, leave a report with the config block under REPORT_DIR/<underlying>/regimes/."""
+    """Learn regimes, write the model, leave a report with the config block under REPORT_DIR/<underlying>/regimes/. Exits 3 where they are to be doubted."""
     window(start, end)
     from volcal.ops.jobs import find_data_dir
+    from volcal.ops.regimes_report import doubts, regimes_status
+    from volcal.vol.regimes import load_regime_model
 
     given = {"underlying": underlying, "data_dir": find_data_dir(data_root(data_dir)), "start": start, "end": end, "price_history": price_history,
              "snapshot_step": snapshot_step, "k": k, "method": method, "features": features, "seed": seed, "out": out}
     parameters = _parameters(given, "build_regimes")
     run = _run_job("build_regimes", parameters, report_dir, "regimes", "learning regimes")
-    model = json.loads(run.result.read_text(encoding="utf-8"))
-    told = {"model": parameters.out, "regimes": [regime["name"] for regime in model["regimes"]], "report": str(run.page),
-            "config": str(run.page.with_suffix(".yaml"))}
-    print_json({**told, "regime_model": model}) if as_json else typer.echo("\n".join(f"{n:<10}{_told(v)}" for n, v in told.items()))
+    model = load_regime_model(run.result)
+    status = regimes_status(model)
+    told = {"model": parameters.out, "regimes": model.names, "status": status.upper(), "reason": "; ".join(doubts(model)) or "no doubt was found",
+            "report": str(run.page), "config": str(run.page.with_suffix(".yaml"))}
+    found = {**told, "regime_model": json.loads(run.result.read_text(encoding="utf-8"))}
+    print_json({**found, "status": status}) if as_json else typer.echo("\n".join(f"{n:<10}{_told(v)}" for n, v in told.items()))
+    raise typer.Exit(status_exit(status))
 
 # %% ../../nbs/50_ops/53_cli.ipynb #8fcdd6eb
 @app.command("simulate", short_help="Write a simulated market as a harvest.")

@@ -631,13 +631,14 @@ def _level_lines(result: CalibrationResult) -> list[str]:
 def job_summary(run: AutoCalibration) -> str:
     """What the job found, in lines for a terminal or a mail."""
     from volcal.calibration.guardrails import judged_metrics
+    from volcal.ops.report import snapshots_used
 
     p, r = run.parameters, run.result
     row = f"{run.history_id} in {run.history}" if run.history else str(run.history_id or "not written")
     lines = [
         _line("underlying", f"{r.underlying}, {'/'.join(p.option_types)}, {p.dte_min:g} to {p.dte_max:g} days"),
         _line("lookback", f"{p.lookback_days:g} days to {job_window(p)[1]:%Y-%m-%d %H:%M} UTC"),
-        _line("samples", f"{judged_metrics(r).count:,} of {r.snapshot_count or 0:,} snapshots"),
+        _line("samples", f"{judged_metrics(r).count:,} from {snapshots_used(r)}"),
         _base_line(r),
         _line("judged surface", p.surface_source),
         *_level_lines(r),

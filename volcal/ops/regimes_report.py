@@ -20,7 +20,7 @@ from ..plots import CYCLE, MARKET, figure
 from ..settings import ANCHOR_DELTAS
 from ..universe.regime_builder import RegimeBuild, write_yaml_block
 from ..vol.clusters import MIN_AGREEMENT, linked_pairs
-from ..vol.regimes import step_ns
+from ..vol.regimes import RegimeModel, step_ns
 from ..units import NS_PER_DAY
 
 # %% auto #0
@@ -28,9 +28,9 @@ __all__ = ['SENSOR_UNITS', 'doubts', 'regimes_status', 'words', 'regimes_banner'
            'transitions_and_prices', 'regime_ratios', 'dynamics_table', 'choice_table', 'data_table', 'config_block']
 
 # %% ../../nbs/50_ops/49c_regimes_report.ipynb #78105a46
-def doubts(build: RegimeBuild) -> list[str]:
+def doubts(model: RegimeModel) -> list[str]:
     """What a reader must know before these regimes are used."""
-    evidence, names = build.model.evidence, build.model.names
+    evidence, names = model.evidence, model.names
     chosen = next(row for row in evidence["k"] if row.get("chosen", True))
     weeks, thin, lost = evidence["bootstrap_agreement"]["mean"], evidence["transitions_not_estimable"], evidence["rows_left_out"]
     out = []
@@ -44,14 +44,15 @@ def doubts(build: RegimeBuild) -> list[str]:
     if weeks < MIN_AGREEMENT:
         out.append(f"fits on other draws of weeks agree to {shown(weeks, 2)} ({MIN_AGREEMENT:g} is firm): {len(names)} regimes describe "
                    "this window, not every market")
-    if lost > 0.2 * len(build.sensors):
-        out.append(f"{lost:,} of {len(build.sensors):,} snapshots lack a sensor and carry no label; a longer price history would label them")
+    total = evidence["rows"] + lost
+    if lost > 0.2 * total:
+        out.append(f"{lost:,} of {total:,} snapshots lack a sensor and carry no label; a longer price history would label them")
     return out
 
 
-def regimes_status(build: RegimeBuild) -> str:  # ok or degraded
+def regimes_status(model: RegimeModel) -> str:  # ok or degraded
     """The verdict in a word."""
-    return "degraded" if doubts(build) else "ok"
+    return "degraded" if doubts(model) else "ok"
 
 # %% ../../nbs/50_ops/49c_regimes_report.ipynb #e7ab6731
 def words(name: str) -> str:
@@ -61,12 +62,12 @@ def words(name: str) -> str:
 
 def regimes_banner(build: RegimeBuild) -> Block:
     """Verdict, what was found, doubts, window."""
-    status, regimes = regimes_status(build), build.model.regimes
+    status, regimes = regimes_status(build.model), build.model.regimes
     calm, wild = (pick(regimes, key=lambda r: r.vol or 0.0) for pick in (min, max))
     lead = (f"Calmest: {words(calm.name)}, {percent(calm.weight, 0)} of the time, with spot at {percent(calm.vol, 0)} volatility. "
             f"Wildest: {words(wild.name)}, {percent(wild.weight, 0)} of the time, at {percent(wild.vol, 0)}.")
     lead = lead if len(regimes) > 1 else "The market is one regime."
-    reasons = doubts(build) or ["other seeds and other weeks find the same regimes"]
+    reasons = doubts(build.model) or ["other seeds and other weeks find the same regimes"]
     why = "".join(f"<li>{html.escape(d[:1].upper() + d[1:])}.</li>" for d in reasons)
     title = f"{build.parameters.underlying}: {len(regimes)} regime{'s' if len(regimes) > 1 else ''}"
     first, last = build.sensors["time"].iloc[0], build.sensors["time"].iloc[-1]

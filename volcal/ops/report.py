@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 __all__ = ['PICTURE_DPI', 'PAGE_WIDTH', 'STATUS_COLOURS', 'STATUS_ADVICE', 'REPORT_CSS', 'METRIC_HEAD', 'QUOTE_COLUMNS',
            'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'SENSOR_WORDS', 'Block', 'Picture', 'as_picture',
            'shown', 'percent', 'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'base_name',
-           'headline_sentence', 'surface_now', 'banner', 'tiles', 'metric_cells', 'metrics_table', 'bands_table',
-           'candidates_table', 'window_quotes', 'out_of_the_money', 'last_snapshot', 'shown_expiries', 'smile_figure',
-           'error_grid', 'mean_error', 'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans', 'timeline_figure',
-           'sensors_table', 'ratio_curve', 'largest_misfit', 'anchor_words', 'skew_figure', 'skew_table',
-           'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
+           'snapshots_used', 'headline_sentence', 'surface_now', 'banner', 'tiles', 'metric_cells', 'metrics_table',
+           'bands_table', 'candidates_table', 'window_quotes', 'out_of_the_money', 'last_snapshot', 'shown_expiries',
+           'smile_figure', 'error_grid', 'mean_error', 'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans',
+           'timeline_figure', 'sensors_table', 'ratio_curve', 'largest_misfit', 'anchor_words', 'skew_figure',
+           'skew_table', 'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
            'reproducibility_block']
 
 # %% ../../nbs/50_ops/49_report.ipynb #8908aa0a
@@ -211,6 +211,12 @@ def base_name(result: CalibrationResult) -> str:
     """The volatility that multipliers multiply."""
     return "default volatility" if on_default(result) else "realized vol"
 
+
+def snapshots_used(result: CalibrationResult) -> str:
+    """How many snapshots the numbers rest on, and of how many, where that is not all."""
+    read, used = result.snapshot_count or 0, result.used_snapshot_count
+    return f"{read:,} snapshots" if used is None or used == read else f"{used:,} of {read:,} snapshots"
+
 # %% ../../nbs/50_ops/49_report.ipynb #8a03130f
 def headline_sentence(result: CalibrationResult) -> str:
     """What the run recommends and what it would gain, in words."""
@@ -279,13 +285,13 @@ def tiles(result: CalibrationResult) -> Block:
     source = "realized vol is not trusted" if on_default(result) else f"from {(result.rv_source or '–').replace('_', ' ')}"
     cells = [
         _tile("Multiplier", shown(result.recommended_iv_multiplier, 3), f"now {shown(result.iv_multiplier, 3)}"),
-        _tile("ATM implied vol", percent(result.atm_iv), f"spot {shown(result.spot, 0 if (result.spot or 0) > 100 else 3)} USD"),
+        _tile("ATM implied vol, mean", percent(result.atm_iv), f"last spot {shown(result.spot, 0 if (result.spot or 0) > 100 else 3)} USD"),
         _tile(base_name(result).capitalize(), percent(result.rv_annualized), f"{stderr}{source}"),
         _tile("Price error", shown(after.vega_weighted_mae_pct, 1, " %"), "vega-weighted; now "
                                                                           f"{shown(now.vega_weighted_mae_pct, 1, ' %')}"),
         _tile("Volatility error", shown(after.vega_weighted_mae_vol_points, 2, " pts"), "vega-weighted; now "
                                                                                         f"{shown(now.vega_weighted_mae_vol_points, 2)}"),
-        _tile("Evidence", f"{after.count:,}", f"options of {result.snapshot_count or 0:,} snapshots"),
+        _tile("Evidence", f"{after.count:,}", f"options of {snapshots_used(result)}"),
     ]
     return Block(f'<div class="vc-tiles">{"".join(cells)}</div>')
 
@@ -598,7 +604,7 @@ def heat_figure(
     for ax, (name, (grid, count)) in zip(axes, grids.items(), strict=True):
         image = _heat(ax, grid[:last], limit, low, high)
         mean = mean_error(quotes, "now_iv" if name == "surface now" else "recommended_iv", low, high)
-        _titled(ax, f"{name}: mean |error| {shown(mean)} points at {low:g}–{high:g} days, n = {count.sum():,}", fontsize=9.5)
+        _titled(ax, f"{name}: mean |error| {shown(mean)} points at {low:g}–{high:g} days; {count.sum():,} options of all days", fontsize=9.5)
     axes[0].set_ylabel("days to expiry")
     fig.colorbar(image, ax=axes, label="synthetic − mark IV, vol points", fraction=0.03, extend="both")
     worst = np.unravel_index(np.nanargmax(np.abs(grids["recommended"][0])), grids["recommended"][0].shape)
@@ -894,13 +900,13 @@ def ladder_figure(result: CalibrationResult) -> Picture | Block:
 
 # %% ../../nbs/50_ops/49_report.ipynb #557b9c1d
 def ladder_table(result: CalibrationResult) -> Block:
-    """The same in numbers, with the free parameters of each rung."""
+    """The same in numbers, with the free parameters of each rung; all rungs judge the same options."""
     if not result.error_ladder:
         return Block("")
     rows = [
-        [_rung_label(r), f"{r.parameters or 0:,}", *(cell for i, cell in enumerate(metric_cells(r)) if i != 1)] for r in result.error_ladder
+        [_rung_label(r), f"{r.parameters or 0:,}", *metric_cells(r)[2:]] for r in result.error_ladder
     ]
-    head = ["model", "parameters", *(title for i, title in enumerate(METRIC_HEAD) if i != 1)]
+    head = ["model", "parameters", *METRIC_HEAD[2:]]
     return Block(html_table(head, rows, next((i for i, r in enumerate(result.error_ladder) if r.name == "recommended"), None)))
 
 # %% ../../nbs/50_ops/49_report.ipynb #fbe3e15d
