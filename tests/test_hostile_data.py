@@ -14,6 +14,7 @@ from test_historical import START, calibrate, snapshot, write_candles, write_har
 
 from volcal.calibration.guardrails import assess_calibration_realism, assess_job
 from volcal.calibration.result import CalibrationResult
+from volcal.ops import report
 from volcal.units import ConfigError, NoUsableDataError, SchemaError, StoreError, VolcalError
 
 TIMES = pd.date_range(START, periods=12, freq="4h")
@@ -475,3 +476,28 @@ def test_a_chain_that_is_half_expired(copy: Path) -> None:
         pd.concat([snapshot(time), old], ignore_index=True).drop_duplicates("instrument_name").to_parquet(path, index=False)
     result = run(copy)
     assert result.events["dropped_expired"] > 1000 and verdict(result)[0] == "degraded" and "expired" in verdict(result)[1]
+
+
+@pytest.mark.parametrize("which", [[0], [5], [-1], [2, 7]])
+def test_a_report_of_snapshots_without_a_time(copy: Path, which: list[int]) -> None:
+    for at in which:
+        change(copy, lambda frame: frame.assign(harvest_time=pd.Series(pd.NaT, frame.index, dtype="datetime64[ns, UTC]")), slice(at, at + 1 or None))
+    drawn(run(copy), len(TIMES) - len(which))
+
+
+@pytest.mark.parametrize("minutes", [0, -4])
+def test_a_report_of_snapshots_in_another_order_than_their_names(clean: Path, tmp_path: Path, minutes: int) -> None:
+    """A file made again a few minutes later, whose rows say the time of the one before, or an earlier one."""
+    root = tmp_path / "harvest"
+    shutil.copytree(clean, root)
+    frame = pd.read_parquet(files(root)[5])
+    again = frame.assign(harvest_time=frame["harvest_time"] + pd.Timedelta(minutes=minutes))
+    write_raw(root, "BTC", TIMES[5] + pd.Timedelta(minutes=5), again)
+    drawn(run(root), len(TIMES) + 1)
+
+
+def drawn(result: CalibrationResult, dated: int) -> None:
+    """Every part of a report that reads the timeline."""
+    quotes = report.window_quotes(result)
+    assert len(report.dated_timeline(result)) == dated and len(quotes) and quotes["rv"].notna().all()
+    assert isinstance(report.timeline_figure(result), report.Picture)

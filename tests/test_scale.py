@@ -377,10 +377,19 @@ def test_a_killed_worker_costs_its_day_only(harvest: Path, place: Path, monkeypa
 @pytest.mark.parametrize("limit, started", [(8, True), (100_000, False)])
 def test_many_files_go_to_processes_unless_told(harvest: Path, monkeypatch: pytest.MonkeyPatch, limit: int, started: bool) -> None:
     monkeypatch.setattr(executors, "MANY_FILES", limit)
-    with open_executor() as pool:
+    with open_executor("auto") as pool:
         found = calibrate(harvest, pool)
         assert bool(pool._all) is started
     assert same(calibrate(harvest), found)
+
+
+def test_many_files_of_an_object_store_stay_here(harvest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "MANY_FILES", 1)
+    alone, root = calibrate(harvest), copied(harvest, "memory://many")
+    with open_executor("auto") as pool:
+        found = calibrate(root, pool)
+        assert not pool._all
+    assert found.count == alone.count and found.recommended_iv_multiplier == alone.recommended_iv_multiplier
 
 
 def test_a_broken_plain_pool_leaves_its_days_to_us(harvest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

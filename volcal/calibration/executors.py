@@ -19,8 +19,8 @@ import threading
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from typing import Any
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -57,6 +57,8 @@ def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, coun
         while not wait([future], WAIT_SECONDS).done:
             getattr(executor, "look", lambda: None)()
         return future.result()
+    except CancelledError as error:
+        raise JobError(f"the executor gave {len(tasks)} days back undone, as when its scheduler dies, so there is no result; start it and run again") from error
     except BrokenExecutor as error:
         log.warning("the executor is broken (%s), %d days are done here", error, len(tasks))
         counts["days_done_again"] += len(tasks)
@@ -320,20 +322,20 @@ class ClusterPool(Executor):
 MANY_FILES = 4_000  # from here on processes pay their start on two cores
 
 
-def _pool(workers: int | None, cluster: str | None) -> LocalPool | ClusterPool | None:
+def _pool(workers: int | Literal["auto"], cluster: str | None) -> LocalPool | ClusterPool | None:
     """Whoever is asked for; None for this process alone."""
-    if workers is not None and (workers < 0 or (cluster and workers > 1)):
+    if workers != "auto" and (workers < 0 or (cluster and workers > 1)):
         told = "both a cluster and workers of this machine are asked for" if cluster else f"{workers} workers can compute nothing"
         raise ConfigError(f"{told}, so nothing was run; give --workers N (0: one per core) or --cluster tcp://host:8786")
     if cluster:
         return ClusterPool(cluster)
-    count = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return LocalPool(count, least_files=MANY_FILES if workers is None else 0) if count > 1 else None
+    count = workers if workers and workers != "auto" else (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return LocalPool(count, least_files=MANY_FILES if workers == "auto" else 0) if count > 1 else None
 
 
 @contextlib.contextmanager
 def open_executor(
-    workers: int | None = None,  # processes of this machine; 1 computes in this one, 0 takes one per core; None: so from 4,000 files on
+    workers: int | Literal["auto"] = 1,  # processes of this machine; 1 computes in this one, 0 takes one per core, "auto" does so from 4,000 local files on
     cluster: str | None = None,  # address of a dask scheduler, instead
 ) -> Iterator[Executor | None]:  # None: days are computed in this process
     """Whoever is to compute days, until the end of the block. Raises `ConfigError`."""
@@ -358,8 +360,8 @@ def _here(work: DayWork, tasks: list[DayTask], counts: Counter) -> Iterator[Any]
 
 
 def _files(tasks: list[DayTask]) -> int:
-    """How many files some days are read from: a compacted day is one."""
-    return sum(len({ref.path for ref in task.refs}) for task in tasks)
+    """How many files of this machine some days are read from: a compacted day is one."""
+    return sum(len({ref.path for ref in task.refs}) for task in tasks if "://" not in task.root)
 
 
 def compute_days(work: DayWork, tasks: list[DayTask], executor: Executor | None, counts: Counter) -> Iterator[Any]:

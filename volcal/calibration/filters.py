@@ -13,6 +13,7 @@ import pandas as pd
 from numba import njit, vectorize
 
 from .config import CalibrationFilters
+from ..units import ConfigError
 
 # %% auto #0
 __all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'time_keys', 'row_keys', 'strata_order', 'stratified_sample']
@@ -128,7 +129,12 @@ def stratified_sample(
     cap: int | None,  # most rows per snapshot; None or 0 takes all
     order: np.ndarray | None = None,  # (n,) `strata_order` of these rows, where it is known already
 ) -> np.ndarray:  # (n,) bool
-    """At most `cap` rows of each snapshot, in proportion to its strata."""
+    """At most `cap` rows of each snapshot, in proportion to its strata. Raises `ConfigError` for lengths that differ, or a negative cap."""
+    sizes = {len(one) for one in (keep, snapshot, stratum, keys, keys if order is None else order)}
+    if len(sizes) > 1 or (cap or 0) < 0:
+        raise ConfigError(f"a sample of at most {cap} rows from columns of {sorted(sizes)} rows means nothing, so none was drawn; "
+                          "give one value of each per row, and a cap from 0 on")
+    keep = np.asarray(keep, dtype=bool)
     if not cap:
         return keep.copy()
     out = np.zeros(keep.size, dtype=bool)

@@ -249,7 +249,7 @@ AsOf = Annotated[str | None, typer.Option(metavar="ISO", help="End of the window
 OptionTypes = Annotated[str, typer.Option(help="C, P or C,P.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.  [default: so from 4,000 files on]"),
+    typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.  [default: so from 4,000 local files on]"),
 ]
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="tcp://HOST:PORT", help="A dask scheduler whose workers compute days, instead.")]
 Cache = Annotated[
@@ -275,7 +275,7 @@ def computing(workers: int | None, cluster: str | None, cache: str | None, no_ca
         raise typer.BadParameter("--cache keeps days and --no-cache keeps none, so nothing was run; give one of them")
     from volcal.settings import get_settings
 
-    return {"workers": workers, "cluster": cluster, "cache": None if no_cache else cache or get_settings().cache_dir}
+    return {"workers": "auto" if workers is None else workers, "cluster": cluster, "cache": None if no_cache else cache or get_settings().cache_dir}
 
 
 def data_root(given: str | None) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -77,7 +77,9 @@ class AutoCalibrateParameters(JobParameters):
     price_history: str | None = Field(None, description="Parquet file of candles for realized vol; none = as the harvest offers")
     vol_surface: dict[str, Any] | None = Field(None, description="surface to judge; none = realized vol x 1 with the template's skew")
     surface_source: str = Field("configured", description="where that surface comes from, in words")
-    workers: int | None = Field(None, ge=0, description="processes of this machine that compute days; 0 = one per core; none = so from 4,000 files on")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        1, description="processes of this machine that compute days; 0 = one per core; auto = so from 4,000 local files on"
+    )
     cluster: str | None = Field(None, description="address of a dask scheduler whose workers compute days, instead")
     cache: str | None = Field(None, description="where finished days are kept: a folder or an fsspec URL; none = nowhere")
 
@@ -714,7 +716,7 @@ def replace_surface(
 def calibrate_config(
     config: CalibrationConfig | dict[str, Any] | str | Path,
     progress: Callable[[int, int], None] | None = None,
-    workers: int | None = None,  # harvested: processes that compute days, as of `open_executor`
+    workers: int | Literal["auto"] = 1,  # harvested: processes that compute days, as of `open_executor`
     cluster: str | None = None,  # harvested: a dask scheduler, instead
     cache: str | None = None,  # harvested: where finished days are kept
 ) -> CalibrationResult:  # judged

@@ -24,7 +24,7 @@ from ..market.chain import normalize_chain
 from ..market.pricing import norm_cdf_scalar
 from ..market.store import Store, select_snapshots
 from ..plots import MARKET, RECOMMENDED, SYNTHETIC, figure
-from ..units import NoUsableDataError, StoreError, to_utc
+from ..units import NoUsableDataError, StoreError, epoch_ns, to_utc
 from ..vol.smile import atm_by_group
 from ..vol.surface import VolSurface, compute_synthetic_iv_with_skew, skew_nodes, skew_ratio_scalar, term_multiplier
 
@@ -37,11 +37,11 @@ __all__ = ['PICTURE_DPI', 'PAGE_WIDTH', 'STATUS_COLOURS', 'STATUS_ADVICE', 'REPO
            'EMPTY_QUOTES', 'HEAT_DTE', 'HEAT_DELTA', 'HEAT_NAMES', 'SENSOR_WORDS', 'Block', 'Picture', 'as_picture',
            'shown', 'percent', 'moment', 'html_table', 'nothing', 'split_reason', 'on_default', 'base_name',
            'snapshots_used', 'headline_sentence', 'surface_now', 'banner', 'tiles', 'metric_cells', 'metrics_table',
-           'bands_table', 'candidates_table', 'window_quotes', 'out_of_the_money', 'last_snapshot', 'shown_expiries',
-           'smile_figure', 'error_grid', 'mean_error', 'heat_figure', 'term_figure', 'timeline_frame', 'gap_spans',
-           'timeline_figure', 'sensors_table', 'ratio_curve', 'largest_misfit', 'anchor_words', 'skew_figure',
-           'skew_table', 'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block', 'surface_block',
-           'reproducibility_block']
+           'bands_table', 'candidates_table', 'dated_timeline', 'window_quotes', 'out_of_the_money', 'last_snapshot',
+           'shown_expiries', 'smile_figure', 'error_grid', 'mean_error', 'heat_figure', 'term_figure', 'timeline_frame',
+           'gap_spans', 'timeline_figure', 'sensors_table', 'ratio_curve', 'largest_misfit', 'anchor_words',
+           'skew_figure', 'skew_table', 'ladder_figure', 'ladder_table', 'events_table', 'health_block', 'code_block',
+           'surface_block', 'reproducibility_block']
 
 # %% ../../nbs/50_ops/49_report.ipynb #8908aa0a
 @dataclass(frozen=True)
@@ -370,14 +370,25 @@ def candidates_table(result: CalibrationResult) -> Block:
     return Block(html_table(["reading", "multiplier", "what it answers"], rows, strong, text=(0, 2)))
 
 # %% ../../nbs/50_ops/49_report.ipynb #9ae333c6
+def dated_timeline(result: CalibrationResult) -> pd.DataFrame:  # indexed by time, ascending
+    """The snapshots whose time is known; the others are counted among the data's issues."""
+    frame = pd.DataFrame(result.timeline)
+    if frame.empty:
+        return frame
+    frame = frame.dropna(subset="time")
+    frame.index = pd.DatetimeIndex(pd.to_datetime(frame.pop("time"), utc=True, format="ISO8601"))
+    return frame.astype(float).sort_index(kind="stable")
+
+
 def _rv_of(result: CalibrationResult, times: pd.DatetimeIndex) -> np.ndarray:
     """Realized vol that the run used at the snapshots nearest to these times, decimal."""
-    known = pd.DataFrame(result.timeline)
+    known = dated_timeline(result)
     if known.empty:
         return np.full(len(times), np.nan)
-    at = pd.DatetimeIndex(pd.to_datetime(known["time"], utc=True, format="ISO8601"))
-    nearest = at.get_indexer(times, method="nearest")
-    return known["rv"].astype(float).to_numpy()[nearest]
+    at, asked = epoch_ns(known.index), epoch_ns(times)
+    after = np.searchsorted(at, asked).clip(max=len(at) - 1)
+    before = np.maximum(after - 1, 0)
+    return known["rv"].to_numpy()[np.where(asked - at[before] <= np.abs(at[after] - asked), before, after)]
 
 
 def _with_atm(frame: pd.DataFrame) -> pd.DataFrame:
@@ -684,11 +695,9 @@ def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
 # %% ../../nbs/50_ops/49_report.ipynb #f6077462
 def timeline_frame(result: CalibrationResult) -> pd.DataFrame:  # indexed by time; an empty row in each gap, so that no line crosses it
     """The timeline with its gaps."""
-    frame = pd.DataFrame(result.timeline)
+    frame = dated_timeline(result)
     if frame.empty:
         return frame
-    frame.index = pd.DatetimeIndex(pd.to_datetime(frame.pop("time"), utc=True, format="ISO8601"))
-    frame = frame.astype(float).sort_index()
     steps = frame.index.to_series().diff()
     after = pd.DatetimeIndex(frame.index[(steps > 3 * steps.median()).to_numpy()])
     holes = pd.DataFrame(np.nan, index=after - pd.Timedelta(milliseconds=1), columns=frame.columns)

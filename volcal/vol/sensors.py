@@ -689,7 +689,8 @@ def harvest_levels(
                 levels.append(one[one["time"].notna()])
                 forwards.append(prices)
     if not sum(map(len, levels)):
-        raise NoUsableDataError(f"none of {len(refs)} snapshots could be read ({len(failures)} failed), so there are no sensors; check the files")
+        told = f"none of {len(refs)} snapshots gave a row with a time ({len(failures)} files failed)"
+        raise NoUsableDataError(f"{told}, so there are no sensors; check the files")
     table = pd.concat([part for part in levels if len(part)], ignore_index=True).sort_values("time", kind="stable", ignore_index=True)
     return HarvestLevels(table, pd.concat(forwards, ignore_index=True), failures)
 
