@@ -378,10 +378,10 @@ def parse_interval(
     every: Any,  # "15m", "1h", minutes as a number, or a Timedelta
 ) -> pd.Timedelta:
     """An interval of whole minutes that divides the day. Raises `ConfigError` otherwise."""
-    units = {"": 1, "m": 1, "min": 1, "h": 60}
+    units = {"": 1, "m": 1, "min": 1, "h": 60, "d": 1440}
     match = re.fullmatch(r"(\d{1,5})\s*([a-z]*)", str(every).strip())
     if not isinstance(every, pd.Timedelta) and (match is None or match[2] not in units):
-        raise ConfigError(f"{every!r} is not an interval, so there is no schedule; write 5m, 15m or 1h")
+        raise ConfigError(f"{every!r} is not an interval, so there is no schedule; write 5m, 15m, 1h or 1d")
     step = every if match is None else pd.Timedelta(minutes=int(match[1]) * units[match[2]])
     day, minute = pd.Timedelta(days=1), pd.Timedelta(minutes=1)
     if not minute <= step <= day or step % minute or day % step:

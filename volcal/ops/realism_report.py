@@ -66,7 +66,7 @@ def score_figure(result: RealismResult) -> Picture | Block:
     ax.axvline(own["low"], color=GOOD, ls=":", lw=1.2, label="5 % of them")
     ax.set(yticks=range(len(sides)), yticklabels=list(sides), xlim=(0, 1.05), xlabel="score", title="Score against the market; lines: 5 to 95 %")
     ax.invert_yaxis()
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="upper left", bbox_to_anchor=(0.0, -0.15), ncols=3, fontsize=8)
     return as_picture(fig, "Scores of the universe, the market itself and the baselines: " + ", ".join(f"{n} {s.score:.2f}" for n, s in sides.items()))
 
 # %% ../../nbs/50_ops/49b_realism_report.ipynb #ba074824

@@ -615,7 +615,8 @@ def heat_figure(
     for ax, (name, (grid, count)) in zip(axes, grids.items(), strict=True):
         image = _heat(ax, grid[:last], limit, low, high)
         mean = mean_error(quotes, "now_iv" if name == "surface now" else "recommended_iv", low, high)
-        _titled(ax, f"{name}: mean |error| {shown(mean)} points at {low:g}–{high:g} days; {count.sum():,} options of all days", fontsize=9.5)
+        _titled(ax, f"{name}: mean |error| {shown(mean)} points at {low:g}–{high:g} days", fontsize=9.5)
+        ax.set_xlabel(f"{count.sum():,} options of all days")
     axes[0].set_ylabel("days to expiry")
     fig.colorbar(image, ax=axes, label="synthetic − mark IV, vol points", fraction=0.03, extend="both")
     worst = np.unravel_index(np.nanargmax(np.abs(grids["recommended"][0])), grids["recommended"][0].shape)
@@ -684,7 +685,7 @@ def term_figure(result: CalibrationResult, quotes: pd.DataFrame) -> Picture | Bl
     ax.minorticks_off()
     ax.set(xlabel="days to expiry (log scale)", ylabel=f"multiplier on {base_name(result)}")
     _titled(ax, f"Term structure of multipliers, {levels['snapshot'].nunique()} snapshots over the window, n = {len(levels)}")
-    ax.legend(loc="best", fontsize=9, frameon=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=3, fontsize=9, frameon=False)
     told = ", ".join(f"{b.name} {b.recommended_iv_multiplier:.3f}" for b in result.bands if b.recommended_iv_multiplier is not None)
     return as_picture(
         fig,
