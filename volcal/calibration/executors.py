@@ -19,7 +19,7 @@ import threading
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -52,11 +52,21 @@ def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any]) ->
 WAIT_SECONDS = 30.0  # before an executor looks whether there is still somebody to wait for
 
 
+def _waited_for(future: Future, look: Callable[[], None] | None) -> list[Any]:
+    """The result of a future; while it is not there, `look` is called now and then."""
+    while look is not None:
+        try:
+            return future.result(WAIT_SECONDS)
+        except TimeoutError:
+            if future.done():  # meanwhile, or the error is the work's own
+                return future.result()
+            look()
+    return future.result()
+
+
 def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter, executor: Executor) -> list[Any]:
     try:
-        while not wait([future], WAIT_SECONDS).done:
-            getattr(executor, "look", lambda: None)()
-        return future.result()
+        return _waited_for(future, getattr(executor, "look", None))
     except CancelledError as error:
         raise JobError(f"the executor gave {len(tasks)} days back undone, as when its scheduler dies, so there is no result; start it and run again") from error
     except BrokenExecutor as error:
