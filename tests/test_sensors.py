@@ -251,7 +251,7 @@ def test_a_bad_file_is_passed_over_and_all_bad_is_an_error(tmp_path):
     for path in paths:
         with open(path, "wb") as file:
             file.write(b"no parquet")
-    with pytest.raises(NoUsableDataError, match="3 failed"):
+    with pytest.raises(NoUsableDataError, match="3 files failed"):
         harvest_sensors(store, "BTC")
 
 
