@@ -35,13 +35,13 @@ from volcal.calibration.skew_fit import (
 )
 from ..market.chain import Chain, read_only
 from ..units import NS_PER_DAY, ConfigError
-from ..vol.sensors import ExpiryGroups, call_sign, expiry_groups, expiry_table, level_columns, snapshot_position
+from ..vol.sensors import ExpiryGroups, expiry_groups, expiry_table, level_columns, snapshot_position
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, term_multiplier
 
 # %% auto #0
-__all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'ROW_INPUTS', 'BLOCK', 'ROW_NUMBERS', 'READ_COLUMNS', 'configured_surface',
-           'Plan', 'make_plan', 'Sums', 'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare',
-           'row_values', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'columns_needed', 'Fit', 'fit_sums',
+__all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'ROW_INPUTS', 'BLOCK', 'ROW_NUMBERS', 'READ_COLUMNS', 'Plan', 'make_plan',
+           'Sums', 'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare', 'row_values',
+           'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'columns_needed', 'Fit', 'fit_sums',
            'group_candidates']
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #362797c0
@@ -49,10 +49,6 @@ SAMPLE_ROWS = 200_000
 MAX_BANDS = 60  # a row's samples are the bits of one number
 ALL_KEYS = np.uint64(2**64 - 1)
 
-
-def configured_surface(config: CalibrationConfig) -> VolSurface:
-    """The surface to judge: the config's `vol_surface`, else its multiplier and skew days with the template of the settings."""
-    return judged_surface(config)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #e4e6b29b
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def make_plan(
 
     rows = threshold(2 * SAMPLE_ROWS)
     ladder = threshold(2 * SAMPLE_ROWS) if config.error_ladder else np.uint64(0)
-    return Plan(config, group_layout(config, regimes), configured_surface(config), regimes, rows, ladder)
+    return Plan(config, group_layout(config, regimes), judged_surface(config), regimes, rows, ladder)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #709bfc54
 @dataclass
@@ -239,7 +235,8 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     if not len(chain):
         return None
     config, columns, ranges = plan.config, chain.columns, _ranges(plan.config)
-    groups, place, sign = expiry_groups(columns), snapshot_position(chain), call_sign(columns)
+    groups, place = expiry_groups(columns), snapshot_position(chain)
+    sign = groups.sign
     times = chain.tallies["time"].asi8
     keys = row_keys(columns["instrument_name"], times[place], config.seed)
     _, first, rules = liquidity_filter(columns, config.filters)

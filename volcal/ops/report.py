@@ -24,7 +24,7 @@ from ..market.chain import normalize_chain
 from ..market.pricing import norm_cdf_scalar
 from ..market.store import Store, select_snapshots
 from ..plots import MARKET, RECOMMENDED, SYNTHETIC, figure
-from ..units import NoUsableDataError, StoreError, epoch_ns, to_utc
+from ..units import NoUsableDataError, StoreError, to_utc
 from ..vol.smile import atm_by_group
 from ..vol.surface import VolSurface, compute_synthetic_iv_with_skew, skew_nodes, skew_ratio_scalar, term_multiplier
 
@@ -385,10 +385,8 @@ def _rv_of(result: CalibrationResult, times: pd.DatetimeIndex) -> np.ndarray:
     known = dated_timeline(result)
     if known.empty:
         return np.full(len(times), np.nan)
-    at, asked = epoch_ns(known.index), epoch_ns(times)
-    after = np.searchsorted(at, asked).clip(max=len(at) - 1)
-    before = np.maximum(after - 1, 0)
-    return known["rv"].to_numpy()[np.where(asked - at[before] <= np.abs(at[after] - asked), before, after)]
+    known = known[~known.index.duplicated()]
+    return known["rv"].to_numpy()[known.index.get_indexer(times, method="nearest")]
 
 
 def _with_atm(frame: pd.DataFrame) -> pd.DataFrame:

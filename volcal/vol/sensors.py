@@ -330,6 +330,7 @@ class ExpiryGroups(NamedTuple):
     expiry_ns: np.ndarray  # (expiries,) int64, of the whole chain, ascending
     total: int  # groups
     atm: np.ndarray  # (total,) at-the-money IV, decimal
+    sign: np.ndarray  # (n,) +1 call, -1 put
 
 
 def _expiry_numbers(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -348,13 +349,14 @@ def expiry_groups(
     number, expiries = _expiry_numbers(columns)
     snapshot = columns["snapshot"]
     group, total = snapshot.astype(np.int64) * len(expiries) + number, (int(snapshot[-1]) + 1) * len(expiries)
-    return ExpiryGroups(group, number, expiries, total, atm_by_group(group, total, columns["log_moneyness"], columns["mark_iv"]))
+    atm = atm_by_group(group, total, columns["log_moneyness"], columns["mark_iv"])
+    return ExpiryGroups(group, number, expiries, total, atm, call_sign(columns))
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #5639579a
 def expiry_table(columns: Mapping[str, Any], groups: ExpiryGroups) -> dict[str, np.ndarray]:
     """Per (snapshot, expiry) in order: snapshot, expiry_ns, t, forward, at-the-money IV, 25-delta call and put IV."""
-    group, _, expiry_ns, total, atm = groups
-    wings = delta_iv(group, total, columns["call_delta"], columns["mark_iv"], call_sign(columns), (0.25, 0.75)).iv
+    group, _, expiry_ns, total, atm, sign = groups
+    wings = delta_iv(group, total, columns["call_delta"], columns["mark_iv"], sign, (0.25, 0.75)).iv
     t, forward = np.full(total, np.nan), np.full(total, np.nan)
     t[group], forward[group] = columns["t"], columns["forward"]
     there = np.flatnonzero(np.isfinite(t))
