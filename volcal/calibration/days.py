@@ -17,7 +17,7 @@ from numba import njit
 
 from .config import HarvestConfig
 from .sums import Plan, Sums, chain_sums, columns_needed, empty_sums
-from ..market.chain import Chain, normalize_chain, read_texts, read_times
+from ..market.chain import Chain, normalize_chain, read_times
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, harvested_within
 from ..units import NO_TIME_NS, StoreError
 from ..vol.sensors import LEVELS, SENSOR_COLUMNS, HarvestLevels, chain_levels, price_levels
@@ -64,6 +64,7 @@ def split_days(
 def read_day(
     task: DayTask,
     columns: list[str] | None = None,  # None reads all
+    only: str | None = None,  # an asset, where rows of others are to be left out
 ) -> RawBatch:
     """The snapshots of a day, as they were harvested. Raises `StoreError` where this machine does not see the root."""
     harvest = task.plan.config.harvest
@@ -72,7 +73,7 @@ def read_day(
         raise StoreError(
             f"this worker sees no folder {task.root}, so {task.refs[0].day} cannot be read; name the root by a path or URL that all workers share"
         )
-    return Store(task.root).read_batch(task.refs, columns, on_schema_error=harvest.on_schema_error)
+    return Store(task.root).read_batch(task.refs, columns, on_schema_error=harvest.on_schema_error, only=only)
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #1d0e8ae7
 CLOCK_TOLERANCE_MINUTES = 15.0
@@ -140,14 +141,10 @@ class DayTable:
 
 
 def _day_levels_of_price(task: DayTask, columns: list[str]) -> tuple[HarvestLevels, list[SchemaFailure]]:
-    harvest, asset = task.plan.config.harvest, task.refs[0].asset
+    harvest = task.plan.config.harvest
     assert harvest is not None
-    batch = read_day(task, ["harvest_time", "instrument_name", *columns])
-    names = read_texts(batch.columns["instrument_name"])
-    own, keep = np.asarray(names.categories.astype(str).str.startswith(f"{asset}-"), dtype=bool), _rows_of_day(batch, harvest)[0]
-    if not own.all() or (names.codes < 0).any():
-        keep &= np.append(own, False)[names.codes]
-    return price_levels(_only(batch.columns, keep)), batch.failures
+    batch = read_day(task, ["harvest_time", *columns], only=task.refs[0].asset)
+    return price_levels(_only(batch.columns, _rows_of_day(batch, harvest)[0])), batch.failures
 
 
 def day_prices(task: DayTask) -> DayTable:  # one row per snapshot: time, index_price

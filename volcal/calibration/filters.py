@@ -127,10 +127,10 @@ def stratified_sample(
     stratum: np.ndarray,  # (n,) int stratum of each row, numbered snapshot by snapshot, below 2**24
     keys: np.ndarray,  # (n,) uint64 from `row_keys`
     cap: int | None,  # most rows per snapshot; None or 0 takes all
-    order: np.ndarray | None = None,  # (n,) `strata_order` of these rows, where it is known already
+    order: np.ndarray | None = None,  # rows as `strata_order` has them, at least those to sample from, where that is known already
 ) -> np.ndarray:  # (n,) bool
     """At most `cap` rows of each snapshot, in proportion to its strata. Raises `ConfigError` for lengths that differ, or a negative cap."""
-    sizes = {len(one) for one in (keep, snapshot, stratum, keys, keys if order is None else order)}
+    sizes = {len(one) for one in (keep, snapshot, stratum, keys)}
     if len(sizes) > 1 or (cap or 0) < 0:
         raise ConfigError(f"a sample of at most {cap} rows from columns of {sorted(sizes)} rows means nothing, so none was drawn; "
                           "give one value of each per row, and a cap from 0 on")

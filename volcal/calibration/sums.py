@@ -222,7 +222,8 @@ def _leave_out(member, sample, kept):
 
 def _thin(member: np.ndarray, caps: list[int | None], snapshot: np.ndarray, stratum: np.ndarray, keys: np.ndarray) -> int:
     """Take the rows beyond each sample's cap out of it; how many of the first one's."""
-    order, left = strata_order(stratum, keys) if any(caps) else None, [0] * len(caps)
+    some, left = np.flatnonzero(member) if any(caps) else np.zeros(0, dtype=np.int64), [0] * len(caps)
+    order = some[strata_order(stratum[some], keys[some])]
     for bit, cap in enumerate(caps):
         if cap:
             kept = stratified_sample((member & (1 << bit)) != 0, snapshot, stratum, keys, cap, order)

@@ -346,14 +346,14 @@ def _parse_names(
     names: Any,  # (m,) distinct instrument names
     asset: str | None,  # keep only this asset
 ) -> tuple[_Names, list[str]]:  # and the assets that they are of
-    of, settlement, expiry, strikes, kind, error = instrument_columns(pd.Index(names).tolist())
+    of, _, expiry, strikes, kind, _ = instrument_columns(pd.Index(names).tolist())
     assets = sorted({name for name in of if name})
     number = {None: -1, **{name: i for i, name in enumerate(assets)}}
     code, expiry_ns, strike = np.array([number[name] for name in of], dtype=np.int64), np.array(expiry, dtype=np.int64), np.array(strikes, dtype=float)
-    wanted = np.array([asset is None or name == asset for name in of], dtype=bool)
-    linear, sign = np.array([s == "linear" for s in settlement], dtype=bool), np.array([1.0 if c == "C" else -1.0 for c in kind], dtype=float)
+    each = np.array([(asset in (None, name), settlement_of(name) == "linear") for name in assets] + [(asset is None, False)], dtype=bool)  # the last for -1
+    wanted, linear, sign = each[code, 0], each[code, 1], np.where(np.array(kind, dtype=object) == "C", 1.0, -1.0)
     expiry_id, pair_id = _ranks(code, expiry_ns), _ranks(code, expiry_ns, np.nan_to_num(strike))
-    return _Names(np.array([not e for e in error], dtype=bool), wanted, linear, expiry_ns, strike, sign, expiry_id, pair_id, code), assets
+    return _Names(code >= 0, wanted, linear, expiry_ns, strike, sign, expiry_id, pair_id, code), assets
 
 # %% ../../nbs/10_market/13_chain.ipynb #ed753045
 def _type_signs(
@@ -422,26 +422,28 @@ def _drop_reason(time_ns, expiry_ns, mark, seen):  # type: ignore[no-untyped-def
 # %% ../../nbs/10_market/13_chain.ipynb #d07aea3f
 @njit(cache=True, nogil=True, error_model="numpy")
 def _screen(rows, names, work):  # type: ignore[no-untyped-def]
-    last = np.full(names.strike.size, -1, dtype=np.int64)  # the snapshot that last held each name
-    for s in range(rows.start.size - 1):
-        c = work.counts[s]
-        c[Count.rows] = rows.start[s + 1] - rows.start[s]
-        for i in range(rows.start[s], rows.start[s + 1]):
-            code = rows.code[i]
-            has_expiry, has_strike, has_type = rows.expiry_ns[i] != NOT_A_TIME, math.isfinite(rows.strike[i]), math.isfinite(rows.sign[i])
-            if code >= 0 and names.readable[code] and not names.wanted[code]:
-                work.reason[i] = Count.dropped_other_asset
+    start, codes, time_ns, expiry_ns, strike, sign, quoted, _, mark, _, _, iv, _, _ = rows
+    readable, wanted, _, name_expiry, name_strike, name_sign, _, _, _ = names
+    counts, reason = work.counts, work.reason
+    last = np.full(name_strike.size, -1, dtype=np.int64)  # the snapshot that last held each name
+    for s in range(start.size - 1):
+        c = counts[s]
+        c[Count.rows] = start[s + 1] - start[s]
+        for i in range(start[s], start[s + 1]):
+            code = codes[i]
+            has_expiry, has_strike, has_type = expiry_ns[i] != NOT_A_TIME, math.isfinite(strike[i]), math.isfinite(sign[i])
+            if code >= 0 and readable[code] and not wanted[code]:
+                reason[i] = Count.dropped_other_asset
                 continue
-            core = _positive(rows.quoted[i]) and math.isfinite(rows.mark[i]) and math.isfinite(rows.iv[i])
+            core = _positive(quoted[i]) and math.isfinite(mark[i]) and math.isfinite(iv[i])
             c[Count.complete_before] += core and has_expiry and has_type
-            if code < 0 or not names.readable[code]:
-                work.reason[i] = Count.dropped_unparseable_name
+            if code < 0 or not readable[code]:
+                reason[i] = Count.dropped_unparseable_name
                 continue
-            strike, expiry_ns = names.strike[code], names.expiry_ns[code]
             c[Count.repaired_from_name] += not (has_expiry and has_strike and has_type)
-            c[Count.name_disagrees] += ((has_expiry and rows.expiry_ns[i] != expiry_ns) or (has_type and rows.sign[i] != names.sign[code])
-                                        or (has_strike and abs(rows.strike[i] - strike) > 1e-9 * strike))
-            work.reason[i] = _drop_reason(rows.time_ns[i], expiry_ns, rows.mark[i], last[code] == s)
+            c[Count.name_disagrees] += ((has_expiry and expiry_ns[i] != name_expiry[code]) or (has_type and sign[i] != name_sign[code])
+                                        or (has_strike and abs(strike[i] - name_strike[code]) > 1e-9 * name_strike[code]))
+            reason[i] = _drop_reason(time_ns[i], name_expiry[code], mark[i], last[code] == s)
             last[code] = s
 
 # %% ../../nbs/10_market/13_chain.ipynb #0f192059
@@ -463,10 +465,11 @@ def _looks_decimal(iv, lo, hi):  # type: ignore[no-untyped-def]
 # %% ../../nbs/10_market/13_chain.ipynb #d65c3e38
 @njit(cache=True, nogil=True, error_model="numpy")
 def _suspect_units(rows, work):  # type: ignore[no-untyped-def]
-    for s in range(rows.start.size - 1):
-        lo, hi = rows.start[s], rows.start[s + 1]
-        work.iv_suspect[s] = _looks_decimal(rows.iv, lo, hi)
-        work.quote_suspect[s] = _looks_decimal(rows.bid_iv, lo, hi) or _looks_decimal(rows.ask_iv, lo, hi)
+    start, iv, bid_iv, ask_iv, iv_suspect, quote_suspect = rows.start, rows.iv, rows.bid_iv, rows.ask_iv, work.iv_suspect, work.quote_suspect
+    for s in range(start.size - 1):
+        lo, hi = start[s], start[s + 1]
+        iv_suspect[s] = _looks_decimal(iv, lo, hi)
+        quote_suspect[s] = _looks_decimal(bid_iv, lo, hi) or _looks_decimal(ask_iv, lo, hi)
 
 # %% ../../nbs/10_market/13_chain.ipynb #53424f05
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -514,33 +517,32 @@ def _pair_table(names: _Names) -> _Pairs:
 # %% ../../nbs/10_market/13_chain.ipynb #4d60a6e0
 @njit(cache=True, nogil=True, error_model="numpy")
 def _fill_pairs(s, rows, names, work, rate, pairs):  # type: ignore[no-untyped-def]
-    for i in range(rows.start[s], rows.start[s + 1]):
-        if work.reason[i] == 0:
-            code = rows.code[i]
-            p = names.pair_id[code]
-            if names.sign[code] > 0.0:
-                pairs.call[p], pairs.call_at[p] = rows.mark[i], s
+    start, codes, time_ns, _, _, _, quoted, _, mark, _, _, _, _, _ = rows
+    expiry_ns, sign, pair_id, reason = names.expiry_ns, names.sign, names.pair_id, work.reason
+    _, _, _, call_at, put_at, call, put, pair_quoted, growth = pairs
+    for i in range(start[s], start[s + 1]):
+        if reason[i] == 0:
+            code = codes[i]
+            p = pair_id[code]
+            if sign[code] > 0.0:
+                call[p], call_at[p] = mark[i], s
             else:
-                pairs.put[p], pairs.put_at[p] = rows.mark[i], s
-            pairs.quoted[p] = rows.quoted[i]
+                put[p], put_at[p] = mark[i], s
+            pair_quoted[p] = quoted[i]
             if rate != 0.0:
-                pairs.growth[p] = math.exp(rate * (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _pair_forward(p, pairs):  # type: ignore[no-untyped-def]
-    return parity_forward(pairs.strike[p], pairs.call[p], pairs.put[p], pairs.linear[p], pairs.growth[p])
+                growth[p] = math.exp(rate * (expiry_ns[code] - time_ns[i]) / NS_PER_YEAR)
 
 # %% ../../nbs/10_market/13_chain.ipynb #7eed35b5
 @njit(cache=True, nogil=True, error_model="numpy")
 def _money(s, lo, hi, pairs):  # type: ignore[no-untyped-def]
     """How many strikes have both marks, and the forward of the one whose marks are nearest."""
+    _, strike, linear, call_at, put_at, call, put, _, growth = pairs
     both, money, nearest = 0, math.nan, math.inf
     for p in range(lo, hi):
-        if pairs.call_at[p] == s and pairs.put_at[p] == s:
+        if call_at[p] == s and put_at[p] == s:
             both += 1
-            if abs(pairs.call[p] - pairs.put[p]) < nearest:
-                nearest, money = abs(pairs.call[p] - pairs.put[p]), _pair_forward(p, pairs)
+            if abs(call[p] - put[p]) < nearest:
+                nearest, money = abs(call[p] - put[p]), parity_forward(strike[p], call[p], put[p], linear[p], growth[p])
     return both, money
 
 # %% ../../nbs/10_market/13_chain.ipynb #560cd356
@@ -562,16 +564,17 @@ def _median(values):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyped-def]
     """Median parity forward of one expiry, the quoted one's median error, and the spread over strikes."""
+    _, strike, linear, call_at, put_at, call, put, quoted, growth = pairs
     both, money = _money(s, lo, hi, pairs)
     n = m = 0
     for p in range(lo, hi):
-        if pairs.call_at[p] == s and pairs.put_at[p] == s and abs(pairs.strike[p] / money - 1.0) <= MONEY_BAND:
-            forward = _pair_forward(p, pairs)
+        if call_at[p] == s and put_at[p] == s and abs(strike[p] / money - 1.0) <= MONEY_BAND:
+            forward = parity_forward(strike[p], call[p], put[p], linear[p], growth[p])
             if math.isfinite(forward):
                 forwards[n] = forward
                 n += 1
-                if _positive(pairs.quoted[p]):
-                    errors[m] = pairs.quoted[p] / forward - 1.0
+                if _positive(quoted[p]):
+                    errors[m] = quoted[p] / forward - 1.0
                     m += 1
     if n == 0:
         return math.nan, math.nan, math.inf if both >= MIN_PAIRS else 0.0
@@ -583,16 +586,16 @@ def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyp
 # %% ../../nbs/10_market/13_chain.ipynb #9ea6a8d8
 @njit(cache=True, nogil=True, error_model="numpy")
 def _parity(rows, names, work, rate, pairs):  # type: ignore[no-untyped-def]
-    n = pairs.strike.size
+    n, expiry_id, parity, error, scatter = pairs.strike.size, pairs.expiry_id, work.parity, work.error, work.scatter
     forwards, errors = np.empty(n), np.empty(n)
     for s in range(rows.start.size - 1):
         _fill_pairs(s, rows, names, work, rate, pairs)
         lo = 0
         while lo < n:
-            e, hi = pairs.expiry_id[lo], lo + 1
-            while hi < n and pairs.expiry_id[hi] == e:
+            e, hi = expiry_id[lo], lo + 1
+            while hi < n and expiry_id[hi] == e:
                 hi += 1
-            work.parity[s, e], work.error[s, e], work.scatter[s, e] = _expiry_parity(s, lo, hi, pairs, forwards, errors)
+            parity[s, e], error[s, e], scatter[s, e] = _expiry_parity(s, lo, hi, pairs, forwards, errors)
             lo = hi
 
 # %% ../../nbs/10_market/13_chain.ipynb #f9c9b723
@@ -609,14 +612,16 @@ def _mark_fits(mark, model, forward, linear):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def _near_money(s, rows, names, work, found, f, k, t, iv, sign):  # type: ignore[no-untyped-def]
     """The rows of a snapshot whose marks can be tested, and what prices them; how many."""
-    m = 0
-    for i in range(rows.start[s], rows.start[s + 1]):
-        if work.reason[i] == 0 and MIN_IV <= rows.iv[i] <= MAX_IV:
-            code = rows.code[i]
-            money = rows.quoted[i] if _positive(rows.quoted[i]) else work.parity[s, names.expiry_id[code]]
-            if abs(names.strike[code] / money - 1.0) <= MONEY_BAND:
-                found[m], f[m], k[m], iv[m], sign[m] = i, rows.quoted[i], names.strike[code], rows.iv[i], names.sign[code]
-                t[m] = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
+    start, codes, time_ns, _, _, _, quoted, _, _, _, _, row_iv, _, _ = rows
+    _, _, _, expiry_ns, strike, name_sign, expiry_id, _, _ = names
+    m, reason, parity = 0, work.reason, work.parity
+    for i in range(start[s], start[s + 1]):
+        if reason[i] == 0 and MIN_IV <= row_iv[i] <= MAX_IV:
+            code = codes[i]
+            money = quoted[i] if _positive(quoted[i]) else parity[s, expiry_id[code]]
+            if abs(strike[code] / money - 1.0) <= MONEY_BAND:
+                found[m], f[m], k[m], iv[m], sign[m] = i, quoted[i], strike[code], row_iv[i], name_sign[code]
+                t[m] = (expiry_ns[code] - time_ns[i]) / NS_PER_YEAR
                 m += 1
     return m
 
@@ -629,19 +634,20 @@ def _prices(f, k, t, iv, sign, model):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
+    codes, mark, linear, expiry_id, counts, parity = rows.code, rows.mark, names.linear, names.expiry_id, work.counts, work.parity
     n = np.max(np.diff(rows.start)) if rows.start.size > 1 else 0
     found, columns = np.empty(n, dtype=np.int64), np.empty((6, n))
     f, k, t, iv, sign, model = columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
     for s in range(rows.start.size - 1):
         m = 0 if work.iv_suspect[s] else _near_money(s, rows, names, work, found, f, k, t, iv, sign)
         _prices(f[:m], k[:m], t[:m], iv[:m], sign[:m], model)
-        work.counts[s, Count.mark_tested] += m
+        counts[s, Count.mark_tested] += m
         for j in range(m):
             i = found[j]
-            linear, implied = names.linear[rows.code[i]], work.parity[s, names.expiry_id[rows.code[i]]]
-            if not _mark_fits(rows.mark[i], model[j], f[j], linear):
+            if not _mark_fits(mark[i], model[j], f[j], linear[codes[i]]):
+                implied = parity[s, expiry_id[codes[i]]]
                 again = price_scalar(implied, k[j], t[j], iv[j], sign[j])
-                work.counts[s, Count.mark_inconsistent] += not _mark_fits(rows.mark[i], again, implied, linear)
+                counts[s, Count.mark_inconsistent] += not _mark_fits(mark[i], again, implied, linear[codes[i]])
 
 # %% ../../nbs/10_market/13_chain.ipynb #144e7838
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -671,12 +677,9 @@ def _choose_forward(quoted, implied, error, mode, counts):  # type: ignore[no-un
 
 # %% ../../nbs/10_market/13_chain.ipynb #8fea9c9e
 @njit(cache=True, nogil=True, error_model="numpy")
-def _choose_iv(iv, suspect, usd, forward, strike, t, sign, counts):  # type: ignore[no-untyped-def]
-    counts[Count.iv_unit_suspect] += suspect and math.isfinite(iv)
-    if not suspect:
-        if MIN_IV <= iv <= MAX_IV:
-            return iv
-        counts[Count.iv_out_of_range] += math.isfinite(iv)
+def _solved_iv(iv, suspect, usd, forward, strike, t, sign, counts):  # type: ignore[no-untyped-def]
+    """The IV of a mark, where the one given cannot serve."""
+    counts[Count.iv_unit_suspect if suspect else Count.iv_out_of_range] += math.isfinite(iv)
     solved, why = implied_vol_scalar(usd, forward, strike, t, sign)
     if why != 0 or not MIN_IV <= solved <= MAX_IV:
         return math.nan
@@ -686,47 +689,54 @@ def _choose_iv(iv, suspect, usd, forward, strike, t, sign, counts):  # type: ign
 # %% ../../nbs/10_market/13_chain.ipynb #f57d1605
 @njit(cache=True, nogil=True, error_model="numpy")
 def _resolve(rows, names, work, mode, rate):  # type: ignore[no-untyped-def]
-    for s in range(rows.start.size - 1):
-        c, wrong_unit = work.counts[s], _wrong_unit(s, work)
-        for i in range(rows.start[s], rows.start[s + 1]):
-            if work.reason[i] != 0:
+    start, codes, time_ns, _, _, _, quoted, _, mark, _, _, row_iv, _, _ = rows
+    _, _, linear, expiry_ns, strike, sign, expiry_id, _, _ = names
+    counts, iv_suspect, _, reason, chosen, iv, parity, error, _ = work
+    for s in range(start.size - 1):
+        c, wrong_unit, suspect = counts[s], _wrong_unit(s, work), iv_suspect[s]
+        for i in range(start[s], start[s + 1]):
+            if reason[i] != 0:
                 continue
             if wrong_unit:
-                work.reason[i] = Count.dropped_mark_unit
+                reason[i] = Count.dropped_mark_unit
                 continue
-            code = rows.code[i]
-            e, t = names.expiry_id[code], (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
-            forward = _choose_forward(rows.quoted[i], work.parity[s, e], work.error[s, e], mode, c)
+            code = codes[i]
+            e, given = expiry_id[code], row_iv[i]
+            forward = _choose_forward(quoted[i], parity[s, e], error[s, e], mode, c)
             if not forward > 0.0:
-                work.reason[i] = Count.dropped_missing_forward
+                reason[i] = Count.dropped_missing_forward
                 continue
-            usd = rows.mark[i] * (math.exp(rate * t) if names.linear[code] else forward)
-            work.forward[i] = forward
-            work.iv[i] = _choose_iv(rows.iv[i], work.iv_suspect[s], usd, forward, names.strike[code], t, names.sign[code], c)
-            if not work.iv[i] > 0.0:
-                work.reason[i] = Count.dropped_iv_unsolvable
+            chosen[i], iv[i] = forward, given
+            if suspect or not MIN_IV <= given <= MAX_IV:  # few: a call per row would cost more than all the rest
+                t = (expiry_ns[code] - time_ns[i]) / NS_PER_YEAR
+                usd = mark[i] * (math.exp(rate * t) if linear[code] else forward)
+                iv[i] = _solved_iv(given, suspect, usd, forward, strike[code], t, sign[code], c)
+                if not iv[i] > 0.0:
+                    reason[i] = Count.dropped_iv_unsolvable
 
 # %% ../../nbs/10_market/13_chain.ipynb #fd2b72a8
 @njit(cache=True, nogil=True, error_model="numpy")
 def _tally(rows, names, work):  # type: ignore[no-untyped-def]
     """Counts that need each row's final verdict."""
-    used = np.full(work.error.shape[1], -1, dtype=np.int64)
-    for s in range(rows.start.size - 1):
-        c = work.counts[s]
-        for i in range(rows.start[s], rows.start[s + 1]):
-            why = work.reason[i]
+    start, codes, _, _, _, _, quoted, _, mark, _, _, iv, _, _ = rows
+    expiry_id, counts, reason, error = names.expiry_id, work.counts, work.reason, work.error
+    used = np.full(error.shape[1], -1, dtype=np.int64)
+    for s in range(start.size - 1):
+        c = counts[s]
+        for i in range(start[s], start[s + 1]):
+            why = reason[i]
             if why == 0:
                 c[Count.usable] += 1
                 c[Count.complete_after] += 1
-                e = names.expiry_id[rows.code[i]]
+                e = expiry_id[codes[i]]
                 if used[e] != s:
                     used[e] = s
                     c[Count.expiries] += 1
-                    c[Count.forward_mismatch] += abs(work.error[s, e]) > FORWARD_TOLERANCE
+                    c[Count.forward_mismatch] += abs(error[s, e]) > FORWARD_TOLERANCE
             else:
                 c[why] += 1
                 if why >= Count.duplicate_instrument:
-                    c[Count.complete_after] += math.isfinite(rows.iv[i]) and math.isfinite(rows.mark[i]) and _positive(rows.quoted[i])
+                    c[Count.complete_after] += math.isfinite(iv[i]) and math.isfinite(mark[i]) and _positive(quoted[i])
 
 # %% ../../nbs/10_market/13_chain.ipynb #e07c09ea
 class _Computed(NamedTuple):
@@ -758,19 +768,21 @@ def _greeks(f, k, t, iv, log_moneyness, call_delta, delta, vega):  # type: ignor
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
+    codes, time_ns, index_price, mark = rows.code, rows.time_ns, rows.index_price, rows.mark
+    _, _, linear, expiry_ns, strike, sign, expiry_id, _, _ = names
+    counts, _, _, _, chosen, iv, _, error, _ = work
+    f, k, t, mark_usd, mark_iv, log_moneyness, delta, call_delta, vega, _, _, _, _, mismatch = out
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
-        code = rows.code[i]
-        f, k, iv, linear = work.forward[i], names.strike[code], work.iv[i], names.linear[code]
-        t = (names.expiry_ns[code] - rows.time_ns[i]) / NS_PER_YEAR
-        usd_per_unit = 1.0 if linear else rows.index_price[i]
+        code = codes[i]
+        f[j], k[j], t[j], mark_iv[j] = chosen[i], strike[code], (expiry_ns[code] - time_ns[i]) / NS_PER_YEAR, iv[i]
+        usd_per_unit = 1.0 if linear[code] else index_price[i]
         if not _positive(usd_per_unit):
-            usd_per_unit = f
-            work.counts[s, Count.mark_usd_by_forward] += 1
-        out.forward[j], out.strike[j], out.t[j], out.mark_iv[j], out.mark_usd[j] = f, k, t, iv, rows.mark[i] * usd_per_unit
-        out.delta[j], out.vega[j] = (0.0 if names.sign[code] > 0.0 else -1.0), (math.exp(-rate * t) if linear else 1.0)
-        out.mismatch[j] = abs(work.error[s, names.expiry_id[code]]) > FORWARD_TOLERANCE
-    _greeks(out.forward, out.strike, out.t, out.mark_iv, out.log_moneyness, out.call_delta, out.delta, out.vega)
+            usd_per_unit = f[j]
+            counts[s, Count.mark_usd_by_forward] += 1
+        mark_usd[j], mismatch[j] = mark[i] * usd_per_unit, abs(error[s, expiry_id[code]]) > FORWARD_TOLERANCE
+        delta[j], vega[j] = (0.0 if sign[code] > 0.0 else -1.0), (math.exp(-rate * t[j]) if linear[code] else 1.0)
+    _greeks(f, k, t, mark_iv, log_moneyness, call_delta, delta, vega)
 
 # %% ../../nbs/10_market/13_chain.ipynb #70217bb5
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -795,26 +807,30 @@ def _quote_iv(price, given, suspect, solve, usd, forward, strike, t, sign, count
 # %% ../../nbs/10_market/13_chain.ipynb #08263b99
 @njit(cache=True, nogil=True, error_model="numpy")
 def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
+    _, codes, _, _, _, _, _, _, _, given_bid, given_ask, _, given_bid_iv, given_ask_iv = rows
+    linear, sign, counts, quote_suspect = names.linear, names.sign, work.counts, work.quote_suspect
+    forward, strike, years, _, _, _, _, _, _, bid, ask, bid_iv, ask_iv, _ = out
     for j in range(keep.size):
-        i, c, suspect = keep[j], work.counts[snapshot[j]], work.quote_suspect[snapshot[j]]
-        code, f, k, t = rows.code[i], out.forward[j], out.strike[j], out.t[j]
-        if _positive(rows.bid[i]) and _positive(rows.ask[i]) and rows.bid[i] > rows.ask[i]:
+        i, s = keep[j], snapshot[j]
+        code, f, k, t, c = codes[i], forward[j], strike[j], years[j], counts[s]
+        if _positive(given_bid[i]) and _positive(given_ask[i]) and given_bid[i] > given_ask[i]:
             continue
-        usd = math.exp(rate * t) if names.linear[code] else f
-        out.bid_iv[j] = _quote_iv(out.bid[j], rows.bid_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
-        out.ask_iv[j] = _quote_iv(out.ask[j], rows.ask_iv[i], suspect, solve, usd, f, k, t, names.sign[code], c)
+        usd = math.exp(rate * t) if linear[code] else f
+        bid_iv[j] = _quote_iv(bid[j], given_bid_iv[i], quote_suspect[s], solve, usd, f, k, t, sign[code], c)
+        ask_iv[j] = _quote_iv(ask[j], given_ask_iv[i], quote_suspect[s], solve, usd, f, k, t, sign[code], c)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
     out.bid_iv[:] = math.nan
     out.ask_iv[:] = math.nan
+    given_bid, given_ask, counts, out_bid, out_ask = rows.bid, rows.ask, work.counts, out.bid, out.ask
     for j in range(keep.size):
-        i, c = keep[j], work.counts[snapshot[j]]
-        bid, ask = rows.bid[i] if _positive(rows.bid[i]) else math.nan, rows.ask[i] if _positive(rows.ask[i]) else math.nan
-        c[Count.two_sided] += bid > 0.0 and ask > 0.0
-        c[Count.crossed_quotes] += bid > ask
-        out.bid[j], out.ask[j] = (math.nan, math.nan) if bid > ask else (bid, ask)
+        i, s = keep[j], snapshot[j]
+        bid, ask = given_bid[i] if _positive(given_bid[i]) else math.nan, given_ask[i] if _positive(given_ask[i]) else math.nan
+        counts[s, Count.two_sided] += bid > 0.0 and ask > 0.0
+        counts[s, Count.crossed_quotes] += bid > ask
+        out_bid[j], out_ask[j] = (math.nan, math.nan) if bid > ask else (bid, ask)
     if solve or np.isfinite(rows.bid_iv).any() or np.isfinite(rows.ask_iv).any():
         _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out)
 

@@ -195,7 +195,8 @@ def _expiry_text_ns(texts: Sequence[str]) -> np.ndarray:
 def _categorical(column: pa.ChunkedArray) -> Any:
     array = column.combine_chunks()
     codes = (array.indices.fill_null(-1) if array.null_count else array.indices).to_numpy()
-    return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(array.dictionary.to_pandas()), validate=False)
+    texts = array.dictionary.to_numpy(zero_copy_only=False)
+    return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(pd.Index(texts, dtype=object)), validate=False)
 
 # %% ../../nbs/10_market/15_store.ipynb #548a6cd4
 def _to_columns(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> dict[str, Any]:
@@ -389,18 +390,28 @@ def _minutes(day: date, texts: Sequence[str]) -> list[pd.Timestamp]:
     return pd.DatetimeIndex((since * 60_000_000).view("datetime64[us]"), tz="UTC", copy=False).tolist()
 
 
+@functools.lru_cache(maxsize=1024)
+def _index_of(text: bytes) -> DayIndex:
+    """What a footer says; remembered, since a day is found, read for prices and read for its options."""
+    index = json.loads(text)
+    times = tuple(_minutes(date.fromisoformat(index["day"]), index["minutes"]))
+    schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in index["schemas"])
+    return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas)
+
+
+def _index_in(meta: pq.FileMetaData) -> DayIndex:
+    text = (meta.metadata or {}).get(_INDEX_KEY)
+    if text is None:
+        raise SchemaError("this day file does not say which snapshots it holds, so none is read; write it by Store.compact or move it")
+    return _index_of(text)
+
+
 def read_day_index(
     source: Any,  # an open compacted file
 ) -> tuple[DayIndex, pq.FileMetaData]:
     """The snapshots of a compacted file. Raises `SchemaError` where its footer names none."""
     meta = pq.read_metadata(source)
-    text = (meta.metadata or {}).get(_INDEX_KEY)
-    if text is None:
-        raise SchemaError("this day file does not say which snapshots it holds, so none is read; write it by Store.compact or move it")
-    index = json.loads(text)
-    times = tuple(_minutes(date.fromisoformat(index["day"]), index["minutes"]))
-    schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in index["schemas"])
-    return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas), meta
+    return _index_in(meta), meta
 
 # %% ../../nbs/10_market/15_store.ipynb #5b4bf06a
 class _Root:
@@ -587,11 +598,12 @@ class _Part(NamedTuple):
     table: pa.Table
 
 
-def _open_small(data: Any) -> pq.ParquetFile:
+def _opened(source: Any) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(pa.BufferReader(data), read_dictionary=["instrument_name", "underlying", "expiry", "option_type"])
+        return pq.ParquetFile(source, read_dictionary=["instrument_name", "underlying", "expiry", "option_type"])
     except KeyError:
-        return pq.ParquetFile(pa.BufferReader(data))
+        source.seek(0)
+        return pq.ParquetFile(source)
 
 
 def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
@@ -660,11 +672,18 @@ def _shape_of(file: pq.ParquetFile) -> _Shape:
     return shape
 
 # %% ../../nbs/10_market/15_store.ipynb #f49a3ec9
+def _all_of(meta: pq.FileMetaData, asset: str) -> bool:
+    """Whether a file's own statistics prove that every name in it begins with an asset and a dash."""
+    column = meta.schema.names.index("instrument_name")
+    found = [meta.row_group(i).column(column).statistics for i in range(meta.num_row_groups)]
+    return all(s is not None and s.null_count == 0 and s.has_min_max and f"{asset}-" <= s.min <= s.max < f"{asset}." for s in found)
+
+
 class _PartReader(_RawReader):
     def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
         found: tuple[str, ...] = ()
         try:
-            with _open_small(self._files.read(ref.path)) as file:
+            with _opened(pa.BufferReader(self._files.read(ref.path))) as file:
                 shape = _shape_of(file)
                 found = tuple(shape.schema.names)
                 fault = shape.fault or (None if file.metadata.num_rows else ("no_rows", ()))
@@ -680,13 +699,12 @@ class _PartReader(_RawReader):
         except _READ_ERRORS as error:
             return [SchemaFailure(ref.path, ref.time, "unreadable", (), found, str(error))]
 
-    def _load_day(self, refs: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+    def _load_day(self, refs: list[SnapshotRef], wanted: Sequence[str], only: str | None = None) -> list[_Part | SchemaFailure]:
         try:
             with self._files.open(refs[0].path) as source:
-                index, meta = read_day_index(source)
-                names = _needed(meta.schema.to_arrow_schema(), wanted)
-                text = [c for c in names if _ACCEPTED[COLUMN_KINDS[c]] & {"text"}]
-                table = pq.ParquetFile(source, metadata=meta, read_dictionary=text).read(columns=names)
+                file = _opened(source)
+                index, known = _index_in(file.metadata), only is not None and _all_of(file.metadata, only)
+                table = file.read(columns=_needed(file.schema_arrow, [c for c in wanted if c != "instrument_name" or not known]))
         except _READ_ERRORS as error:
             return [SchemaFailure(ref.path, ref.time, "unreadable", detail=str(error)) for ref in refs]
         return _day_parts(table, index, refs)
@@ -707,12 +725,12 @@ def _day_parts(table: pa.Table, index: DayIndex, refs: list[SnapshotRef]) -> lis
 
 # %% ../../nbs/10_market/15_store.ipynb #3eb3c0be
 class _ManyReader(_PartReader):
-    def _load(self, job: list[SnapshotRef], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
-        return self._load_day(job, wanted) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
+    def _load(self, job: list[SnapshotRef], wanted: Sequence[str], only: str | None = None) -> list[_Part | SchemaFailure]:
+        return self._load_day(job, wanted, only) if _is_day_file(job[0].path) else self._load_small(job[0], wanted)
 
-    def _load_all(self, jobs: list[list[SnapshotRef]], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
+    def _load_all(self, jobs: list[list[SnapshotRef]], wanted: Sequence[str], only: str | None) -> list[_Part | SchemaFailure]:
         if self._files.workers == 1 or len(jobs) < 2:
-            return [part for job in jobs for part in self._load(job, wanted)]
+            return [part for job in jobs for part in self._load(job, wanted, only if len(jobs) == 1 else None)]
         with ThreadPoolExecutor(self._files.workers) as pool:
             return list(itertools.chain.from_iterable(pool.map(lambda job: self._load(job, wanted), jobs)))
 
@@ -725,11 +743,13 @@ class SnapshotReader(_ManyReader):
         refs: Iterable[SnapshotRef],
         columns: Sequence[str] | None = None,  # of COLUMN_KINDS; None reads all
         on_schema_error: Literal["skip", "raise"] = "skip",
+        only: str | None = None,  # an asset: rows of others are left out, and names are not read where that is certain without them
     ) -> RawBatch:
         """Many snapshots as one frame of harmonised types. With "raise", a file that fails is a `SchemaError`."""
-        wanted = _wanted(columns)
+        asked = _wanted(columns)
+        wanted = asked if only is None else _wanted([*asked, "instrument_name"])
         jobs = [list(group) for _, group in itertools.groupby(refs, key=lambda r: r.path)]
-        batch = _assemble(self._load_all(jobs, wanted), wanted)
+        batch = _assemble(self._load_all(jobs, wanted, None if "instrument_name" in asked else only), wanted, only, asked)
         if batch.failures and on_schema_error == "raise":
             raise SchemaError(f"{batch.failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
         if batch.failures:
@@ -759,15 +779,28 @@ def _harmonised(run: list[_Part], wanted: Sequence[str]) -> list[_Part | SchemaF
         return [out for part in run for out in _harmonised([part], wanted)]
 
 # %% ../../nbs/10_market/15_store.ipynb #4f3bb8a4
-def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> RawBatch:
-    failures = [p for p in loaded if isinstance(p, SchemaFailure)]
-    groups = itertools.groupby((p for p in loaded if isinstance(p, _Part)), key=lambda p: p.table.schema)
+def _only_rows(columns: dict[str, Any], asset: str, asked: Sequence[str]) -> dict[str, Any]:
+    """The columns asked for, without rows of other assets."""
+    names = columns["instrument_name"]
+    own = np.append(np.asarray(names.categories.astype(str).str.startswith(f"{asset}-"), dtype=bool), False)[names.codes]
+    some = {name: values for name, values in columns.items() if name == "snapshot" or name in asked}
+    return some if own.all() else {name: values[own] for name, values in some.items()}
+
+
+def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str], only: str | None, asked: Sequence[str]) -> RawBatch:
+    failures, parts = [p for p in loaded if isinstance(p, SchemaFailure)], [p for p in loaded if isinstance(p, _Part)]
+    proved = only is not None and len(parts) > 0 and all("instrument_name" not in p.table.column_names for p in parts)
+    wanted = asked if proved else wanted
+    groups = itertools.groupby(parts, key=lambda p: p.table.schema)
     kept = []
     for out in (out for _, group in groups for out in _harmonised(list(group), wanted)):
         failures.append(out) if isinstance(out, SchemaFailure) else kept.append(out)
     table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
     counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
-    return RawBatch(_to_columns(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
+    columns = _to_columns(table, counts, wanted)
+    if only is not None and not proved:
+        columns = _only_rows(columns, only, asked)
+    return RawBatch(columns, [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
 
 # %% ../../nbs/10_market/15_store.ipynb #823a6b08
 _HARVEST_TIME = pa.timestamp("us", "UTC")

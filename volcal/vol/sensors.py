@@ -628,12 +628,18 @@ def _one_price(price):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _prices_kernel(start, expiry_ns, forward, index_price, index, of, expiry, middle):
-    """Medians into `index` (snapshots,) and the first so many of `of`, `expiry`, `middle`; how many. Rows are in order of snapshot."""
-    found, ends, code = 0, np.empty(len(forward), dtype=np.int64), np.empty(len(forward), dtype=np.int64)
+def _index_medians(start, index_price, index):
+    """Medians of each snapshot, whose rows stand together, into `index` (snapshots,)."""
     for s in range(len(index)):
+        index[s] = _one_price(index_price[start[s] : start[s + 1]])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
+    """Medians of each snapshot and expiry into the first so many of `of`, `expiry`, `middle`; how many. Rows are in order of snapshot."""
+    found, ends, code = 0, np.empty(len(forward), dtype=np.int64), np.empty(len(forward), dtype=np.int64)
+    for s in range(len(start) - 1):
         lo, hi = start[s], start[s + 1]
-        index[s] = _one_price(index_price[lo:hi])
         k = _number_expiries(expiry_ns[lo:hi], forward[lo:hi], ends, code)
         fill = np.zeros(k + 1, dtype=np.int64)
         for i in range(hi - lo):
@@ -650,23 +656,35 @@ def _prices_kernel(start, expiry_ns, forward, index_price, index, of, expiry, mi
     return found
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #07c37a74
+_NO_FORWARDS = pd.DataFrame({"time_ns": [], "expiry_ns": [], "forward": []})
+
+
+def _forward_levels(time_ns: np.ndarray, start: np.ndarray, expiry_ns: np.ndarray, forward: np.ndarray) -> pd.DataFrame:
+    """Forwards of snapshots with these times (snapshots,), whose rows (n,) begin at `start`."""
+    n = len(forward)
+    of, expiry, middle = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), np.empty(n)
+    found = _forward_medians(start, expiry_ns, forward, of, expiry, middle)
+    return pd.DataFrame({"time_ns": time_ns[of[:found]], "expiry_ns": expiry[:found], "forward": middle[:found]})
+
+
 def price_levels(
     columns: Mapping[str, Any] | pd.DataFrame,  # `RawBatch.columns` with harvest_time; index_price, or expiry and underlying_price, or all
 ) -> HarvestLevels:  # levels: time, index_price; forwards: time_ns, expiry_ns, forward
     """Index price and forwards of each snapshot, medians over its dated rows; nothing of what was not read."""
-    time_ns, snapshot = pd.DatetimeIndex(columns["harvest_time"]).asi8, np.asarray(columns["snapshot"])
-    none = np.full(len(time_ns), np.nan)
-    forward, price = (np.asarray(columns[name]) if name in columns else none for name in ("underlying_price", "index_price"))
-    expiry_ns = pd.DatetimeIndex(columns["expiry"]).asi8 if "expiry" in columns else np.full(len(time_ns), NO_TIME_NS)
+    time_ns = pd.DatetimeIndex(columns["harvest_time"]).asi8
     dated = time_ns != NO_TIME_NS
-    if not dated.all():
-        time_ns, expiry_ns, snapshot, forward, price = (values[dated] for values in (time_ns, expiry_ns, snapshot, forward, price))
-    n, first = len(time_ns), np.flatnonzero(np.diff(snapshot, prepend=-1))
-    index, of, expiry, middle = np.empty(len(first)), np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), np.empty(n)
-    found = _prices_kernel(np.append(first, n), expiry_ns, forward, price, index, of, expiry, middle)
+    at = slice(None) if dated.all() else dated
+    time_ns, snapshot = time_ns[at], np.asarray(columns["snapshot"])[at]
+    first = np.flatnonzero(np.diff(snapshot, prepend=-1))
+    start, index = np.append(first, len(time_ns)), np.full(len(first), np.nan)
     last = np.maximum.reduceat(time_ns, first) if len(first) else time_ns
+    if "index_price" in columns:
+        _index_medians(start, np.asarray(columns["index_price"])[at], index)
     levels = pd.DataFrame({"time": pd.DatetimeIndex(last.view("datetime64[ns]"), tz="UTC"), "index_price": index})
-    return HarvestLevels(levels, pd.DataFrame({"time_ns": last[of[:found]], "expiry_ns": expiry[:found], "forward": middle[:found]}))
+    if "underlying_price" not in columns or "expiry" not in columns:
+        return HarvestLevels(levels, _NO_FORWARDS)
+    expiry_ns = pd.DatetimeIndex(columns["expiry"]).asi8[at]
+    return HarvestLevels(levels, _forward_levels(last, start, expiry_ns, np.asarray(columns["underlying_price"])[at]))
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #996016e9
 def harvest_levels(
