@@ -20,12 +20,13 @@ from volcal.vol.sensors import (
     expiry_groups,
     expiry_table,
     finish_sensors,
+    forward_levels,
     harvest_sensor_table,
     harvest_sensors,
+    index_levels,
     iv_history_of,
     iv_rank,
     level_columns,
-    price_levels,
     snapshot_sensors,
     wilder_adx,
     wilder_rsi,
@@ -306,10 +307,11 @@ def test_prices_of_snapshots_are_the_medians_of_pandas(seed: int) -> None:
     frame.loc[rng.random(n) < 0.1, "harvest_time"] = pd.NaT
     frame.loc[rng.random(n) < 0.1, "expiry"] = pd.NaT
     frame.loc[frame["snapshot"] == 4, "index_price"] = np.nan
-    found, dated = price_levels(frame), frame[frame["harvest_time"].notna()]
+    index, dated = index_levels(frame).to_pandas(), frame[frame["harvest_time"].notna()]
     by = dated.groupby("snapshot")
-    np.testing.assert_array_equal(found.levels["index_price"], by["index_price"].median())
-    assert found.levels["time"].tolist() == by["harvest_time"].max().tolist()
+    np.testing.assert_array_equal(index["index_price"], by["index_price"].median())
+    assert index["time"].tolist() == by["harvest_time"].max().tolist()
+    found = forward_levels(frame).to_pandas()
     forwards = dated[dated["underlying_price"] > 0].groupby(["snapshot", "expiry"])["underlying_price"].median()
-    np.testing.assert_array_equal(found.forwards["forward"], forwards)
-    assert pd.to_datetime(found.forwards["expiry_ns"], utc=True).tolist() == forwards.index.get_level_values("expiry").tolist()
+    np.testing.assert_array_equal(found["forward"], forwards)
+    assert pd.to_datetime(found["expiry_ns"], utc=True).tolist() == forwards.index.get_level_values("expiry").tolist()

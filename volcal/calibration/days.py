@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numba import njit
 
 from .config import HarvestConfig
@@ -20,7 +21,7 @@ from .sums import Plan, Sums, chain_sums, columns_needed, empty_sums
 from ..market.chain import Chain, normalize_chain, read_times
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, harvested_within
 from ..units import NO_TIME_NS, StoreError
-from ..vol.sensors import LEVELS, SENSOR_COLUMNS, HarvestLevels, chain_levels, price_levels
+from ..vol.sensors import LEVELS, SENSOR_COLUMNS, chain_levels, forward_levels, index_levels
 
 # %% auto #0
 __all__ = ['CLOCK_TOLERANCE_MINUTES', 'DayTask', 'DayResult', 'split_days', 'read_day', 'day_chain', 'day_result', 'DayTable',
@@ -136,27 +137,25 @@ def day_result(task: DayTask) -> DayResult:
 class DayTable:
     """What a day gave, where that is one table."""
 
-    table: Any  # a frame, or an Arrow table from a cache
+    table: Any  # an Arrow table or a frame
     failures: list[SchemaFailure]
 
 
-def _day_levels_of_price(task: DayTask, columns: list[str]) -> tuple[HarvestLevels, list[SchemaFailure]]:
+def _day_levels_of(how: Callable[[Any], pa.Table], task: DayTask, columns: list[str]) -> DayTable:
     harvest = task.plan.config.harvest
     assert harvest is not None
     batch = read_day(task, ["harvest_time", *columns], only=task.refs[0].asset)
-    return price_levels(_only(batch.columns, _rows_of_day(batch, harvest)[0])), batch.failures
+    return DayTable(how(_only(batch.columns, _rows_of_day(batch, harvest)[0])), batch.failures)
 
 
 def day_prices(task: DayTask) -> DayTable:  # one row per snapshot: time, index_price
     """Index price of each snapshot of a day, without normalising it."""
-    found, failures = _day_levels_of_price(task, ["index_price"])
-    return DayTable(found.levels, failures)
+    return _day_levels_of(index_levels, task, ["index_price"])
 
 
 def day_forwards(task: DayTask) -> DayTable:  # one row per snapshot and expiry: time_ns, expiry_ns, forward
     """Forwards of each snapshot of a day, without normalising it."""
-    found, failures = _day_levels_of_price(task, ["expiry", "underlying_price"])
-    return DayTable(found.forwards, failures)
+    return _day_levels_of(forward_levels, task, ["expiry", "underlying_price"])
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #6a77e5d2
 def day_levels(task: DayTask) -> DayTable:  # one row per snapshot: `LEVELS`

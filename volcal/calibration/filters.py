@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numba import njit, vectorize
+from numba import njit
 
 from .config import CalibrationFilters
 from ..units import ConfigError
 
 # %% auto #0
-__all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'time_keys', 'row_keys', 'strata_order', 'stratified_sample']
+__all__ = ['GOLDEN_GAMMA', 'liquidity_filter', 'splitmix64', 'time_keys', 'row_keys', 'strata_order', 'stratified_sample']
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #9ceb7427
 def liquidity_filter(
@@ -43,20 +43,36 @@ def liquidity_filter(
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
-@vectorize(["uint64(uint64)"], cache=True)
-def _mix(x):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True, error_model="numpy")
+def splitmix64(x):  # type: ignore[no-untyped-def]
+    """64 random bits of a counter."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #491716d6
+@njit(cache=True, nogil=True, error_model="numpy")
+def _time_keys(time_ns, seed, out):
+    offset = splitmix64(seed + GOLDEN_GAMMA)
+    for i in range(time_ns.size):
+        out[i] = splitmix64(np.uint64(time_ns[i]) ^ offset)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _row_keys(hashed, codes, keys):
+    """Mix the hash of each row's name into the key of its time."""
+    for i in range(codes.size):
+        keys[i] = splitmix64(hashed[codes[i]] ^ keys[i])
+
+
 def time_keys(
     time_ns: np.ndarray,  # (n,) int64 nanoseconds UTC
     seed: int,  # any whole number
 ) -> np.ndarray:  # (n,) uint64, uniform
     """A uniform key per time."""
-    offset = _mix(np.array([seed % 2**64], dtype=np.uint64) + GOLDEN_GAMMA)
-    return _mix(np.asarray(time_ns, dtype=np.int64).view(np.uint64) ^ offset)
+    out = np.empty(len(time_ns), dtype=np.uint64)
+    _time_keys(np.asarray(time_ns, dtype=np.int64), np.uint64(seed % 2**64), out)
+    return out
 
 
 def row_keys(
@@ -65,9 +81,10 @@ def row_keys(
     seed: int,  # any whole number
 ) -> np.ndarray:  # (n,) uint64, uniform
     """A uniform key per (instrument, time)."""
-    values = pd.Categorical(names)
+    values, out = pd.Categorical(names), time_keys(time_ns, seed)
     hashed = pd.util.hash_array(values.categories.to_numpy(dtype=object), categorize=False)
-    return _mix(hashed[values.codes] ^ time_keys(time_ns, seed))
+    _row_keys(hashed, np.asarray(values.codes, dtype=np.int64), out)
+    return out
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #24382e83
 def strata_order(

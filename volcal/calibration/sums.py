@@ -503,7 +503,7 @@ ROW_NUMBERS = (*ROW_INPUTS, "atm", "rv", "sign", "scale", "weekday", "regime", "
 
 
 def _utc_array(time_ns: np.ndarray) -> pa.Array:
-    return pa.array(time_ns.view("datetime64[ns]")).cast(pa.timestamp("ns", "UTC"))
+    return pa.array(time_ns.view("datetime64[ns]"), pa.timestamp("ns", "UTC"))
 
 
 def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regime: np.ndarray) -> pa.Table:

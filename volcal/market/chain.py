@@ -64,7 +64,7 @@ NOT_A_TIME = np.iinfo(np.int64).min
 
 
 def _utc_index(ns: np.ndarray) -> pd.DatetimeIndex:
-    return pd.DatetimeIndex(ns.view("datetime64[ns]"), tz="UTC", copy=False)
+    return pd.DatetimeIndex(ns, tz="UTC", copy=False)
 
 
 def epoch_scale(

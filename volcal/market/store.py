@@ -161,7 +161,7 @@ def _canonical(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
 
 # %% ../../nbs/10_market/15_store.ipynb #f7d771f2
 def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
-    return pd.DatetimeIndex(ns.view("datetime64[ns]"), tz="UTC", copy=False)
+    return pd.DatetimeIndex(ns, tz="UTC", copy=False)
 
 
 def _expiry_ns(epoch: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import pandas as pd
 from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..calibration.filters import GOLDEN_GAMMA, splitmix64
 from ..units import NS_PER_DAY, NS_PER_YEAR, ConfigError, to_utc
 from ..vol.realized import from_candles, realized_vol
 from ..vol.regimes import IvTarget, RegimeModel, RegimeParams, iv_moments, iv_target, load_regime_model, named_transitions, step_ns, transition_matrix
@@ -91,29 +92,21 @@ def _matched(model: str, spec: str, target: str) -> RegimeModel:
     return matched_model(RegimeModel.model_validate_json(model).at_step(path.step), path, IvTarget.model_validate_json(target))
 
 # %% ../../nbs/40_universe/41_paths.ipynb #db9c6d5b
-_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_STRIDE = np.uint64(0x94D049BB133111EB)  # between paths
 _GOLDEN2, _GOLDEN3 = (np.uint64(n * 0x9E3779B97F4A7C15 % 2**64) for n in (2, 3))
 _TO_UNIT = 2.0**-52
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _mix(s):
-    """64 random bits of a counter (the finaliser of splitmix64)."""
-    v = (s ^ (s >> np.uint64(30))) * _MIX1
-    v = (v ^ (v >> np.uint64(27))) * _MIX2
-    return v ^ (v >> np.uint64(31))
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _path_counter(seed, number):
     """Where the counter of a path begins."""
-    return _mix(_mix(np.uint64(seed) * _GOLDEN) ^ (np.uint64(number) * _MIX2))
+    return splitmix64(splitmix64(np.uint64(seed) * GOLDEN_GAMMA) ^ (np.uint64(number) * _STRIDE))
 
 # %% ../../nbs/40_universe/41_paths.ipynb #dab9f17d
 @njit(cache=True, nogil=True, error_model="numpy")
 def _uniform_at(s):
     """Uniform on (0, 1)."""
-    return ((_mix(s) >> np.uint64(12)) + 0.5) * _TO_UNIT
+    return ((splitmix64(s) >> np.uint64(12)) + 0.5) * _TO_UNIT
 
 # %% ../../nbs/40_universe/41_paths.ipynb #1a06dd68
 _LAYERS = 128
@@ -141,16 +134,16 @@ def _rare_normal(i, u, s):
         if i == 0:
             x, y = 0.0, 0.0
             while -2.0 * y < x * x or y == 0.0:
-                x, y = math.log(_uniform_at(s + _GOLDEN)) / _EDGE[1], math.log(_uniform_at(s + _GOLDEN2))
+                x, y = math.log(_uniform_at(s + GOLDEN_GAMMA)) / _EDGE[1], math.log(_uniform_at(s + _GOLDEN2))
                 s += _GOLDEN2
             return x - _EDGE[1] if u < 0.0 else _EDGE[1] - x
         x = u * _EDGE[i]
         f0, f1 = math.exp(-0.5 * (_EDGE[i] ** 2 - x * x)), math.exp(-0.5 * (_EDGE[i + 1] ** 2 - x * x))
-        s += _GOLDEN
+        s += GOLDEN_GAMMA
         if f1 + _uniform_at(s) * (f0 - f1) < 1.0:
             return x
-        s += _GOLDEN
-        b = _mix(s)
+        s += GOLDEN_GAMMA
+        b = splitmix64(s)
         i, u = np.int64(b & np.uint64(127)), (b >> np.uint64(11)) * _TO_UNIT - 1.0
         if abs(u) < _RATIO[i]:
             return u * _EDGE[i]
@@ -159,7 +152,7 @@ def _rare_normal(i, u, s):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _normal_at(s):
     """Standard normal of a counter."""
-    b = _mix(s)
+    b = splitmix64(s)
     i, u = np.int64(b & np.uint64(127)), (b >> np.uint64(11)) * _TO_UNIT - 1.0
     if abs(u) < _RATIO[i]:
         return u * _EDGE[i]
@@ -171,17 +164,17 @@ def draw_normals(seed, number, out):
     """Fill `out` with the normals of one path's stream."""
     s = _path_counter(seed, number)
     for i in range(out.size):
-        s += _GOLDEN
+        s += GOLDEN_GAMMA
         out[i] = _normal_at(s)
 
 # %% ../../nbs/40_universe/41_paths.ipynb #77a7ccbd
 @njit(cache=True, nogil=True, error_model="numpy")
 def _gamma_at(s, shape):
     """Gamma variate of a shape of at least 1 (Marsaglia and Tsang, 2000), from a stream of its own."""
-    d, s = shape - 1.0 / 3.0, _mix(s)
+    d, s = shape - 1.0 / 3.0, splitmix64(s)
     c = 1.0 / math.sqrt(9.0 * d)
     while True:
-        x, u = _normal_at(s + _GOLDEN), _uniform_at(s + _GOLDEN2)
+        x, u = _normal_at(s + GOLDEN_GAMMA), _uniform_at(s + _GOLDEN2)
         s += _GOLDEN2
         v = (1.0 + c * x) ** 3
         if v > 0.0 and math.log(u) < 0.5 * x * x + d * (1.0 - v + math.log(v)):
@@ -202,9 +195,9 @@ def _next_block(s, at, regime, pool_regime, follows, leave):
     """Row of the pool for this step: the next one of its block, or a new block of the regime."""
     if at >= 0 and at + 1 < pool_regime.size and follows[at + 1] and pool_regime[at + 1] == regime and _uniform_at(s) > leave:
         return at + 1
-    s = _mix(s)
+    s = splitmix64(s)
     while True:
-        s += _GOLDEN
+        s += GOLDEN_GAMMA
         at = np.int64(_uniform_at(s) * pool_regime.size)
         if pool_regime[at] == regime:
             return at
@@ -213,9 +206,9 @@ def _next_block(s, at, regime, pool_regime, follows, leave):
 @njit(cache=True, nogil=True, error_model="numpy", inline="always")
 def _innovations(s, tailed, shape):
     """What moves spot, x and the skew: three normals; where tailed, Student's t with one tail for the first two."""
-    a, b, c = _normal_at(s + _GOLDEN), _normal_at(s + _GOLDEN2), _normal_at(s + _GOLDEN3)
+    a, b, c = _normal_at(s + GOLDEN_GAMMA), _normal_at(s + _GOLDEN2), _normal_at(s + _GOLDEN3)
     if tailed:
-        fat = math.sqrt((shape - 1.0) / _gamma_at((s + _GOLDEN3) ^ _MIX2, shape))
+        fat = math.sqrt((shape - 1.0) / _gamma_at((s + _GOLDEN3) ^ _STRIDE, shape))
         a, b = a * fat, b * fat
     return a, b, c
 
@@ -233,12 +226,12 @@ def walk_kernel(seed, first, burn, every, dt, start, cumulative, drift, vol, phi
         total, oldest = squares.sum(), 0
         for record in range(-1, out_log.shape[1]):
             for _ in range(burn if record < 0 else every):
-                s += _GOLDEN
+                s += GOLDEN_GAMMA
                 new = _drawn_regime(cumulative, regime, _uniform_at(s))
                 x += log_m[regime] - log_m[new]
                 regime = new
                 if kind == 2:
-                    s += _GOLDEN
+                    s += GOLDEN_GAMMA
                     at = _next_block(s, at, regime, pool_regime, follows, leave)
                     a, b, c = pool[at, 0], pool[at, 1], pool[at, 2]
                 else:

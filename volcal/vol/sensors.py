@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from numba import njit
 
 from ..market.chain import Chain, normalize_chain
@@ -29,8 +30,9 @@ __all__ = ['log', 'SENSORS', 'RESULT_SENSORS', 'ALIASES', 'BAR_MIN_HOURS', 'MAX_
            'LEVELS', 'MADE', 'SENSOR_COLUMNS', 'BATCH_SNAPSHOTS', 'sensor_name', 'SensorReason', 'DailyBars',
            'daily_bars', 'wilder_rsi', 'wilder_adx', 'bar_sensors', 'iv_rank', 'call_sign', 'snapshot_position',
            'ExpiryGroups', 'expiry_groups', 'expiry_table', 'level_columns', 'chain_levels', 'SensorTable',
-           'finish_sensors', 'iv_history_of', 'snapshot_sensors', 'HarvestLevels', 'price_levels', 'harvest_levels',
-           'timeline_sensors', 'harvest_prices', 'harvest_sensor_table', 'harvest_sensors', 'sensor_summary']
+           'finish_sensors', 'iv_history_of', 'snapshot_sensors', 'HarvestLevels', 'index_levels', 'forward_levels',
+           'harvest_levels', 'timeline_sensors', 'harvest_prices', 'harvest_sensor_table', 'harvest_sensors',
+           'sensor_summary']
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #1dca418d
 log = logging.getLogger("volcal.sensors")
@@ -656,35 +658,39 @@ def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
     return found
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #07c37a74
-_NO_FORWARDS = pd.DataFrame({"time_ns": [], "expiry_ns": [], "forward": []})
-
-
-def _forward_levels(time_ns: np.ndarray, start: np.ndarray, expiry_ns: np.ndarray, forward: np.ndarray) -> pd.DataFrame:
-    """Forwards of snapshots with these times (snapshots,), whose rows (n,) begin at `start`."""
-    n = len(forward)
-    of, expiry, middle = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), np.empty(n)
-    found = _forward_medians(start, expiry_ns, forward, of, expiry, middle)
-    return pd.DataFrame({"time_ns": time_ns[of[:found]], "expiry_ns": expiry[:found], "forward": middle[:found]})
-
-
-def price_levels(
-    columns: Mapping[str, Any] | pd.DataFrame,  # `RawBatch.columns` with harvest_time; index_price, or expiry and underlying_price, or all
-) -> HarvestLevels:  # levels: time, index_price; forwards: time_ns, expiry_ns, forward
-    """Index price and forwards of each snapshot, medians over its dated rows; nothing of what was not read."""
+def _dated_rows(
+    columns: Mapping[str, Any] | pd.DataFrame, *names: str
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:  # (snapshots,) int64 times, (snapshots + 1,) first rows, and the columns (n,)
+    """The rows that have a time, snapshot by snapshot."""
     time_ns = pd.DatetimeIndex(columns["harvest_time"]).asi8
     dated = time_ns != NO_TIME_NS
     at = slice(None) if dated.all() else dated
     time_ns, snapshot = time_ns[at], np.asarray(columns["snapshot"])[at]
     first = np.flatnonzero(np.diff(snapshot, prepend=-1))
-    start, index = np.append(first, len(time_ns)), np.full(len(first), np.nan)
     last = np.maximum.reduceat(time_ns, first) if len(first) else time_ns
-    if "index_price" in columns:
-        _index_medians(start, np.asarray(columns["index_price"])[at], index)
-    levels = pd.DataFrame({"time": pd.DatetimeIndex(last.view("datetime64[ns]"), tz="UTC"), "index_price": index})
-    if "underlying_price" not in columns or "expiry" not in columns:
-        return HarvestLevels(levels, _NO_FORWARDS)
-    expiry_ns = pd.DatetimeIndex(columns["expiry"]).asi8[at]
-    return HarvestLevels(levels, _forward_levels(last, start, expiry_ns, np.asarray(columns["underlying_price"])[at]))
+    values = [pd.DatetimeIndex(columns[name]).asi8 if name == "expiry" else np.asarray(columns[name]) for name in names]
+    return last, np.append(first, len(time_ns)), [one[at] for one in values]
+
+
+def index_levels(
+    columns: Mapping[str, Any] | pd.DataFrame,  # `RawBatch.columns` with harvest_time and index_price
+) -> pa.Table:  # one row per snapshot: time, index_price
+    """Index price of each snapshot, the median over its dated rows."""
+    last, start, (price,) = _dated_rows(columns, "index_price")
+    index = np.empty(len(last))
+    _index_medians(start, price, index)
+    return pa.table({"time": pa.array(last, pa.timestamp("ns", "UTC")), "index_price": index})
+
+
+def forward_levels(
+    columns: Mapping[str, Any] | pd.DataFrame,  # `RawBatch.columns` with harvest_time, expiry and underlying_price
+) -> pa.Table:  # one row per snapshot and expiry: time_ns, expiry_ns, forward
+    """Forward of each expiry of each snapshot, the median over its dated rows."""
+    last, start, (expiry_ns, forward) = _dated_rows(columns, "expiry", "underlying_price")
+    n = len(forward)
+    of, expiry, middle = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), np.empty(n)
+    found = _forward_medians(start, expiry_ns, forward, of, expiry, middle)
+    return pa.table({"time_ns": last[of[:found]], "expiry_ns": expiry[:found], "forward": middle[:found]})
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #996016e9
 def harvest_levels(
