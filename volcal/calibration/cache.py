@@ -31,7 +31,7 @@ import scipy
 
 import volcal
 from .days import CLOCK_TOLERANCE_MINUTES, DayResult, DayTable, DayTask, day_forwards, day_levels, day_prices, day_result
-from .sums import Plan, Sums
+from .sums import Piece, Plan, Sums
 from ..market.store import SchemaFailure
 from ..units import ConfigError, to_utc
 
@@ -268,8 +268,9 @@ class DayWork:
 
 # %% ../../nbs/30_calibration/36c_cache.ipynb #6da177dc
 def _table(parts: list[Any]) -> pa.Table:
-    """The pieces as one Arrow table; those that are Arrow already as they are."""
-    tables = [part if isinstance(part, pa.Table) else pa.Table.from_pandas(part, preserve_index=False) for part in parts]
+    """The parts as one Arrow table; those that are Arrow already as they are."""
+    def arrow(part: Any) -> pa.Table: return part.to_arrow() if isinstance(part, Piece) else pa.Table.from_pandas(part, preserve_index=False)
+    tables = [part if isinstance(part, pa.Table) else arrow(part) for part in parts]
     return pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
 
 

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,9 +39,9 @@ from ..vol.sensors import ExpiryGroups, expiry_groups, expiry_table, level_colum
 from ..vol.surface import SkewSurface, VolSurface, skew_nodes, skewed_iv_kernel, term_multiplier
 
 # %% auto #0
-__all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'ROW_INPUTS', 'BLOCK', 'ROW_NUMBERS', 'READ_COLUMNS', 'Plan', 'make_plan',
-           'Sums', 'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare', 'row_values',
-           'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'columns_needed', 'Fit', 'fit_sums',
+__all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'Part', 'ROW_INPUTS', 'BLOCK', 'ROW_NUMBERS', 'READ_COLUMNS', 'Plan',
+           'make_plan', 'Piece', 'Sums', 'empty_sums', 'stacked', 'add_sums', 'trim_sample', 'Prepared', 'prepare',
+           'row_values', 'surface_iv', 'errors_of', 'add_errors', 'chain_sums', 'columns_needed', 'Fit', 'fit_sums',
            'group_candidates']
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #362797c0
@@ -82,6 +82,24 @@ def make_plan(
     return Plan(config, group_layout(config, regimes), judged_surface(config), regimes, rows, ladder)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #709bfc54
+@dataclass(frozen=True)
+class Piece:
+    """A small table before it is one: columns of one length, times as UTC. A day makes three, and a frame of each would cost more than its numbers."""
+
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def to_arrow(self) -> pa.Table:
+        """The table."""
+        utc = pa.timestamp("ns", "UTC")
+        return pa.table({name: pa.array(values, utc if values.dtype.kind == "M" else None) for name, values in self.columns.items()})
+
+
+Part: TypeAlias = Piece | pa.Table | pd.DataFrame
+
+
 @dataclass
 class Sums:
     """Pass 1 of some snapshots. `rows` is the sample for pass 2, `timeline` has one small row per snapshot."""
@@ -93,9 +111,9 @@ class Sums:
     histogram: np.ndarray  # (bins,) of |pct_error|; int32 for one chain, int64 once they are added up
     counts: Counter = field(default_factory=Counter)  # events by code
     liquidity: Counter = field(default_factory=Counter)  # rows dropped by liquidity rule
-    rows: list[pa.Table | pd.DataFrame] = field(default_factory=list)
-    timeline: list[pa.Table] = field(default_factory=list)
-    snapshots: list[pa.Table] = field(default_factory=list)  # quality counts of the chain room
+    rows: list[Part] = field(default_factory=list)
+    timeline: list[Part] = field(default_factory=list)
+    snapshots: list[Part] = field(default_factory=list)  # quality counts of the chain room
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #c8bb58f4
 def empty_sums(layout: GroupLayout) -> Sums:
@@ -111,13 +129,15 @@ def empty_sums(layout: GroupLayout) -> Sums:
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #91420616
 def stacked(
-    parts: Sequence[Any],  # frames or Arrow tables
+    parts: Sequence[Part],  # pieces of like columns, frames or Arrow tables
 ) -> pd.DataFrame:
-    """The pieces as one frame; empty where there is none."""
+    """The parts as one frame; empty where there is none."""
     frames: list[pd.DataFrame] = []
-    for is_arrow, run in itertools.groupby((part for part in parts if len(part)), key=lambda part: isinstance(part, pa.Table)):
-        some = list(run)
-        frames += [pa.concat_tables(some, promote_options="default").to_pandas()] if is_arrow else some
+    for kind, run in itertools.groupby((part for part in parts if len(part)), key=type):
+        some: list[Any] = list(run)
+        if kind is Piece:
+            some = [Piece({name: np.concatenate([part.columns[name] for part in some]) for name in some[0].columns}).to_arrow()]
+        frames += some if kind is pd.DataFrame else [pa.concat_tables(some, promote_options="default").to_pandas()]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #a66e2e59
@@ -481,7 +501,8 @@ def chain_sums(
 ) -> Sums:
     """Pass 1 of one chain, or of all chains of a day."""
     out = empty_sums(plan.layout)
-    out.snapshots = [pa.table(dict(chain.tallies) | {name: _utc_array(chain.tallies[name].asi8) for name in ("time", "first_time")})]
+    times = chain.tallies["time"].asi8.view("datetime64[ns]")
+    out.snapshots = [Piece(dict(chain.tallies) | {"time": times, "first_time": chain.tallies["first_time"].asi8.view("datetime64[ns]")})]
     ready = prepare(chain, plan)
     if ready is None:
         return out
@@ -495,28 +516,26 @@ def chain_sums(
     out.liquidity, out.histogram = ready.liquidity, out.histogram.astype(np.int32)  # half as much to send and to keep
     out.rows = [_sample_rows(chain, ready, plan, rv, regime)]
     levels = level_columns(chain, expiry_table(chain.columns, ready.groups))
-    out.timeline = [pa.table(levels | {"time": _utc_array(chain.tallies["time"].asi8), "rv": rv, "rows": used})]
+    out.timeline = [Piece(levels | {"time": times, "rv": rv, "rows": used})]
     return out
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #e6230d46
 ROW_NUMBERS = (*ROW_INPUTS, "atm", "rv", "sign", "scale", "weekday", "regime", "in_window")
 
 
-def _utc_array(time_ns: np.ndarray) -> pa.Array:
-    return pa.array(time_ns.view("datetime64[ns]"), pa.timestamp("ns", "UTC"))
-
-
-def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regime: np.ndarray) -> pa.Table:
+def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regime: np.ndarray) -> Piece:
     """Rows kept for pass 2: by row key, and whole snapshots by snapshot key for the ladder."""
     headline, ladder, small = ready.selected("headline"), ready.selected("ladder"), ready.keys <= plan.row_threshold
-    names = [f"band:{band.name}" for band in plan.config.bands or []] if plan.config.multiplier_method == "min_mae" else []
-    bands = {name: ready.selected(name) for name in names}
+    own = plan.config.bands or [] if plan.config.multiplier_method == "min_mae" else []
+    bands = {name: ready.selected(name) for name in (f"band:{band.name}" for band in own)}
     at = np.flatnonzero((np.logical_or.reduce([headline, *bands.values()]) & small) | ladder)
     times, of, columns = chain.tallies["time"].asi8, ready.place[at], chain.columns
-    return pa.table({
+    names = columns["instrument_name"]
+    return Piece({
         **row_values(chain, ready, plan, rv, regime, at),
-        "time_ns": times[of], "expiry_ns": ready.groups.expiry_ns[ready.groups.number[at]], "harvest_time": _utc_array(columns["harvest_time"].asi8[at]),
-        "instrument_name": pa.array(columns["instrument_name"].categories.take(columns["instrument_name"].codes[at]), pa.string()),
+        "time_ns": times[of], "expiry_ns": ready.groups.expiry_ns[ready.groups.number[at]],
+        "harvest_time": columns["harvest_time"].asi8[at].view("datetime64[ns]"),
+        "instrument_name": names.categories.to_numpy(dtype=object)[names.codes[at]],
         "row_key": ready.keys[at], "snapshot_key": time_keys(times, plan.config.seed)[of],
         "in_headline": (headline & small)[at], "in_ladder": ladder[at], **{name: mask[at] for name, mask in bands.items()},
     })
