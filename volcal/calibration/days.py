@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,18 @@ class DayTask:
     rv: np.ndarray  # (refs,) realized vol at each snapshot, NaN where it is not trusted
     regime: np.ndarray | None  # (refs,) regime number
     plan: Plan
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Snapshots travel as one array of times: a time of its own for each takes longer to unpack than all the rest."""
+        paths = dict.fromkeys(ref.path for ref in self.refs)
+        place = {path: number for number, path in enumerate(paths)}
+        times = np.array([(ref.time.value, place[ref.path]) for ref in self.refs], dtype=np.int64)
+        return _unpacked, (self.root, self.refs[0].asset, self.refs[0].day, list(paths), times, self.rv, self.regime, self.plan)
+
+
+def _unpacked(root: str, asset: str, day: date, paths: list[str], times: np.ndarray, *rest: Any) -> DayTask:
+    when = pd.DatetimeIndex(times[:, 0], tz="UTC").as_unit("us").tolist()
+    return DayTask(root, [SnapshotRef(asset, at, paths[number], day) for at, number in zip(when, times[:, 1].tolist())], *rest)
 
 
 @dataclass(frozen=True)
