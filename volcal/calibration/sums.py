@@ -78,7 +78,7 @@ def make_plan(
         return np.uint64(2 ** (64 - math.floor(math.log2(expected_rows / wanted))) - 1)
 
     rows = threshold(2 * SAMPLE_ROWS)
-    ladder = threshold(2 * SAMPLE_ROWS) if config.error_ladder else np.uint64(0)
+    ladder = threshold(SAMPLE_ROWS) if config.error_ladder else np.uint64(0)
     return Plan(config, group_layout(config, regimes), judged_surface(config), regimes, rows, ladder)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #709bfc54
