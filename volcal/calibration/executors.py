@@ -329,7 +329,7 @@ class ClusterPool(Executor):
         self._client.close()
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #72a09b37
-MANY_FILES = 4_000  # from here on processes pay their start on two cores
+MANY_FILES = 8_000  # from here on processes pay their start on two cores
 
 
 def _pool(workers: int | Literal["auto"], cluster: str | None) -> LocalPool | ClusterPool | None:
@@ -345,7 +345,7 @@ def _pool(workers: int | Literal["auto"], cluster: str | None) -> LocalPool | Cl
 
 @contextlib.contextmanager
 def open_executor(
-    workers: int | Literal["auto"] = 1,  # processes of this machine; 1 computes in this one, 0 takes one per core, "auto" does so from 4,000 local files on
+    workers: int | Literal["auto"] = 1,  # processes of this machine; 1 computes in this one, 0 takes one per core, "auto" does so from 8,000 local files on
     cluster: str | None = None,  # address of a dask scheduler, instead
 ) -> Iterator[Executor | None]:  # None: days are computed in this process
     """Whoever is to compute days, until the end of the block. Raises `ConfigError`."""

@@ -249,7 +249,7 @@ AsOf = Annotated[str | None, typer.Option(metavar="ISO", help="End of the window
 OptionTypes = Annotated[str, typer.Option(help="C, P or C,P.")]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.  [default: so from 4,000 local files on]"),
+    typer.Option("--workers", min=0, help="Processes of this machine that compute days; 0 = one per core.  [default: so from 8,000 local files on]"),
 ]
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="tcp://HOST:PORT", help="A dask scheduler whose workers compute days, instead.")]
 Cache = Annotated[

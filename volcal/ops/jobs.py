@@ -78,7 +78,7 @@ class AutoCalibrateParameters(JobParameters):
     vol_surface: dict[str, Any] | None = Field(None, description="surface to judge; none = realized vol x 1 with the template's skew")
     surface_source: str = Field("configured", description="where that surface comes from, in words")
     workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
-        1, description="processes of this machine that compute days; 0 = one per core; auto = so from 4,000 local files on"
+        1, description="processes of this machine that compute days; 0 = one per core; auto = so from 8,000 local files on"
     )
     cluster: str | None = Field(None, description="address of a dask scheduler whose workers compute days, instead")
     cache: str | None = Field(None, description="where finished days are kept: a folder or an fsspec URL; none = nowhere")
