@@ -45,7 +45,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def splitmix64(x):  # type: ignore[no-untyped-def]
-    """64 random bits of a counter."""
+    """64 random bits of a counter, uint64 (the finaliser of SplitMix64, Steele, Lea and Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

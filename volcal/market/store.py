@@ -17,7 +17,7 @@ import time as clock
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -749,7 +749,11 @@ class SnapshotReader(_ManyReader):
         asked = _wanted(columns)
         wanted = asked if only is None else _wanted([*asked, "instrument_name"])
         jobs = [list(group) for _, group in itertools.groupby(refs, key=lambda r: r.path)]
-        batch = _assemble(self._load_all(jobs, wanted, None if "instrument_name" in asked else only), wanted, only, asked)
+        loaded = self._load_all(jobs, wanted, None if "instrument_name" in asked else only)
+        if only is None or _names_unread(loaded):
+            batch = _assemble(loaded, asked)
+        else:
+            batch = _only_rows(_assemble(loaded, wanted), only, asked)
         if batch.failures and on_schema_error == "raise":
             raise SchemaError(f"{batch.failures[0]}; it cannot serve as a snapshot: remove it, or read with on_schema_error='skip'")
         if batch.failures:
@@ -758,6 +762,12 @@ class SnapshotReader(_ManyReader):
         return batch
 
 # %% ../../nbs/10_market/15_store.ipynb #8022d977
+def _names_unread(loaded: list[_Part | SchemaFailure]) -> bool:
+    """Whether the names were left out of every part, as they are where a footer proves whose they are."""
+    parts = [part for part in loaded if isinstance(part, _Part)]
+    return len(parts) > 0 and all("instrument_name" not in part.table.column_names for part in parts)
+
+
 def _wanted(columns: Sequence[str] | None) -> list[str]:
     unknown = [c for c in columns or () if c not in COLUMN_KINDS and c != "snapshot"]
     if unknown:
@@ -779,28 +789,23 @@ def _harmonised(run: list[_Part], wanted: Sequence[str]) -> list[_Part | SchemaF
         return [out for part in run for out in _harmonised([part], wanted)]
 
 # %% ../../nbs/10_market/15_store.ipynb #4f3bb8a4
-def _only_rows(columns: dict[str, Any], asset: str, asked: Sequence[str]) -> dict[str, Any]:
+def _only_rows(batch: RawBatch, asset: str, asked: Sequence[str]) -> RawBatch:
     """The columns asked for, without rows of other assets."""
-    names = columns["instrument_name"]
+    names = batch.columns["instrument_name"]
     own = np.append(np.asarray(names.categories.astype(str).str.startswith(f"{asset}-"), dtype=bool), False)[names.codes]
-    some = {name: values for name, values in columns.items() if name == "snapshot" or name in asked}
-    return some if own.all() else {name: values[own] for name, values in some.items()}
+    at = slice(None) if own.all() else own
+    return replace(batch, columns={str(name): values[at] for name, values in batch.columns.items() if name == "snapshot" or name in asked})
 
 
-def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str], only: str | None, asked: Sequence[str]) -> RawBatch:
-    failures, parts = [p for p in loaded if isinstance(p, SchemaFailure)], [p for p in loaded if isinstance(p, _Part)]
-    proved = only is not None and len(parts) > 0 and all("instrument_name" not in p.table.column_names for p in parts)
-    wanted = asked if proved else wanted
-    groups = itertools.groupby(parts, key=lambda p: p.table.schema)
+def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> RawBatch:
+    failures = [p for p in loaded if isinstance(p, SchemaFailure)]
+    groups = itertools.groupby((p for p in loaded if isinstance(p, _Part)), key=lambda p: p.table.schema)
     kept = []
     for out in (out for _, group in groups for out in _harmonised(list(group), wanted)):
         failures.append(out) if isinstance(out, SchemaFailure) else kept.append(out)
     table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
     counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
-    columns = _to_columns(table, counts, wanted)
-    if only is not None and not proved:
-        columns = _only_rows(columns, only, asked)
-    return RawBatch(columns, [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
+    return RawBatch(_to_columns(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
 
 # %% ../../nbs/10_market/15_store.ipynb #823a6b08
 _HARVEST_TIME = pa.timestamp("us", "UTC")
