@@ -346,19 +346,27 @@ def test_the_cache_stays_in_its_bound(harvest: Path, place: Path) -> None:
 # Processes
 
 
-def killed_once(task: DayTask) -> DayResult:
+def killed_once(task: DayTask, number: int = 2) -> DayResult:
     """A day whose first worker is killed."""
     mark = Path(task.root) / ".killed"
-    if parent_process() is not None and task.refs[0].day == (START + pd.Timedelta(days=2)).date() and not mark.exists():
+    if parent_process() is not None and task.refs[0].day == (START + pd.Timedelta(days=number)).date() and not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return SUMS.compute(task)
 
 
-def always_killed(task: DayTask) -> DayResult:
-    if parent_process() is not None and task.refs[0].day == (START + pd.Timedelta(days=2)).date():
+def tenth_killed_once(task: DayTask) -> DayResult:
+    return killed_once(task, 9)
+
+
+def always_killed(task: DayTask, number: int = 2) -> DayResult:
+    if parent_process() is not None and task.refs[0].day == (START + pd.Timedelta(days=number)).date():
         os.kill(os.getpid(), signal.SIGKILL)
     return SUMS.compute(task)
+
+
+def tenth_always_killed(task: DayTask) -> DayResult:
+    return always_killed(task, 9)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, compute: Any) -> None:
@@ -509,18 +517,54 @@ def test_a_killed_cluster_worker_costs_its_day_only(cluster: str, harvest: Path,
     assert 1 <= found.events["days_done_again"] <= 2 and same_but(alone, found, "days_done_again")
 
 
-def test_a_killed_worker_costs_the_days_of_its_calls(cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen days, first for prices and then for sums, travel to two workers in calls of four and fewer."""
+@pytest.fixture
+def many_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sixteen days, whose calls hold as many as they may once the first is back."""
     write_harvest(tmp_path, number=32, every="12h", candles=False)
+    for pool in (ClusterPool, LocalPool):
+        monkeypatch.setattr(pool, "call_seconds", 1e9)
+    return tmp_path
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, pool: Any) -> list[int]:
+    """Days of each call that a pool is given from now on."""
+    sent, submit = list[int](), pool.submit
+    monkeypatch.setattr(pool, "submit", lambda fn, work, days: sent.append(len(days)) or submit(fn, work, days))
+    return sent
+
+
+def test_a_killed_worker_costs_the_days_of_its_calls(cluster: str, many_days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First for prices and then for sums."""
     both_workers(cluster)
-    alone, sent = calibrate(tmp_path), list[int]()
-    use(monkeypatch, killed_once)
+    alone = calibrate(many_days)
+    use(monkeypatch, tenth_killed_once)
     with open_executor(cluster=cluster) as pool:
-        submit = pool.submit
-        monkeypatch.setattr(pool, "submit", lambda fn, work, days: sent.append(len(days)) or submit(fn, work, days))
-        found = calibrate(tmp_path, pool)
-    assert sent == 2 * [4, 3, 2, *7 * [1]]
-    assert 4 <= found.events["days_done_again"] <= 12 and same_but(alone, found, "days_done_again")
+        sent = watched(monkeypatch, pool)
+        found = calibrate(many_days, pool)
+    assert sent == 2 * [1, 1, 1, 1, 1, 1, 4, 4, 2]
+    assert 4 <= found.events["days_done_again"] <= 8 and same_but(alone, found, "days_done_again")
+
+
+@pytest.mark.parametrize("kills, again", [(tenth_killed_once, 4), (tenth_always_killed, 0)])
+def test_a_killed_process_costs_its_call(many_days: Path, monkeypatch: pytest.MonkeyPatch, kills: Any, again: int) -> None:
+    """Where it is always the same day that kills, that day is named, whoever travelled with it."""
+    alone = calibrate(many_days)
+    use(monkeypatch, kills)
+    with open_executor(2) as pool:
+        if not again:
+            with pytest.raises(JobError, match="given BTC 2026-03-11 died"):
+                calibrate(many_days, pool)
+            return
+        found = calibrate(many_days, pool)
+    assert found.events["days_done_again"] == again and same_but(alone, found, "days_done_again")
+
+
+def test_a_day_that_kills_every_cluster_worker_is_named(many_days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed")
+    use(monkeypatch, tenth_always_killed)
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as own:
+        with open_executor(cluster=own.scheduler_address) as pool, pytest.raises(JobError, match="given BTC 2026-03-11 died"):
+            calibrate(many_days, pool)
 
 
 def test_a_root_that_a_worker_does_not_see(cluster: str, harvest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

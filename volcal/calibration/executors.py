@@ -10,12 +10,14 @@ import ctypes
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import operator
 import os
 import pickle
 import re
 import threading
+import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,12 +33,16 @@ from ..units import ConfigError, JobError
 log = logging.getLogger("volcal.executors")
 
 # %% auto #0
-__all__ = ['log', 'WAIT_SECONDS', 'MAX_ATTEMPTS', 'ANSWER_SECONDS', 'BATCH', 'MANY_FILES', 'HERE', 'PASSING', 'LOADERS', 'spread',
-           'LocalPool', 'prepare_cluster_worker', 'ClusterPool', 'open_executor', 'compute_days', 'run_days']
+__all__ = ['log', 'WAIT_SECONDS', 'MOST', 'MAX_ATTEMPTS', 'CALL_SECONDS', 'ANSWER_SECONDS', 'MANY_FILES', 'HERE', 'PASSING',
+           'LOADERS', 'spread', 'LocalPool', 'prepare_cluster_worker', 'ClusterPool', 'open_executor', 'compute_days',
+           'run_days']
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #bb1e2c85
-def _each(work: Callable[[Any], Any], tasks: list[Any]) -> list[Any]:
-    return [work(task) for task in tasks]
+def _each(work: Callable[[Any], Any], tasks: list[Any]) -> tuple[float, list[Any]]:
+    """Seconds that the tasks took together, and their outcomes."""
+    start = time.perf_counter()
+    found = [work(task) for task in tasks]
+    return time.perf_counter() - start, found
 
 
 def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any]) -> Future:
@@ -52,7 +58,7 @@ def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any]) ->
 WAIT_SECONDS = 30.0  # before an executor looks whether there is still somebody to wait for
 
 
-def _waited_for(future: Future, look: Callable[[], None] | None) -> list[Any]:
+def _waited_for(future: Future, look: Callable[[], None] | None) -> tuple[float, list[Any]]:
     """The result of a future; while it is not there, `look` is called now and then."""
     while look is not None:
         try:
@@ -64,9 +70,18 @@ def _waited_for(future: Future, look: Callable[[], None] | None) -> list[Any]:
     return future.result()
 
 
-def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter, executor: Executor) -> list[Any]:
+class _WorkersLost(JobError):
+    """Every worker that was given a call died."""
+
+
+def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter, executor: Executor) -> tuple[float, list[Any]]:
     try:
         return _waited_for(future, getattr(executor, "look", None))
+    except _WorkersLost:
+        if len(tasks) == 1:
+            raise
+        apart = [_outcomes(work, [task], _submit(executor, work, [task]), counts, executor) for task in tasks]
+        return math.fsum(seconds for seconds, _ in apart), [found for _, one in apart for found in one]
     except CancelledError as error:
         raise JobError(f"the executor gave {len(tasks)} days back undone, as when its scheduler dies, so there is no result; start it and run again") from error
     except BrokenExecutor as error:
@@ -75,32 +90,75 @@ def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, coun
         return _each(work, tasks)
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #8e2be4f6
-def _batches(tasks: Iterable[Any], executor: Executor) -> Iterator[list[Any]]:
-    """Tasks in order, as many at once as the executor likes, and at most half a worker's share of those that are left."""
-    source, most, workers = iter(tasks), getattr(executor, "batch", 1), getattr(executor, "workers", 1)
-    while batch := list(itertools.islice(source, max(1, min(most, operator.length_hint(source) // (2 * workers))))):
+MOST = 32  # days in a call: what waits for its turn stays small
+
+
+class _Pace:
+    """How many days the next call takes."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.wanted, self.workers, self.each = getattr(executor, "call_seconds", 0.0), getattr(executor, "workers", 1), math.inf
+
+    def took(self, seconds: float, days: int) -> None:
+        """What the newest call taught."""
+        self.each = max(seconds, 1e-9) / days
+
+    @property
+    def full(self) -> int:
+        """Days of a call that takes its time; one, while nothing is known."""
+        return max(1, min(MOST, int(self.wanted / self.each)))
+
+    def size(self, left: int) -> int:
+        """Days of the next call: at most half a worker's share of those that are left, but no less than an eighth of a full one."""
+        return max(1, self.full // 8, min(self.full, left // (2 * self.workers)))
+
+
+def _batches(tasks: Iterable[Any], pace: _Pace) -> Iterator[list[Any]]:
+    """Tasks in order, as many at once as the pace says when they are asked for."""
+    source = iter(tasks)
+    while batch := list(itertools.islice(source, pace.size(operator.length_hint(source)))):
         yield batch
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #b451b6bd
+class _Out:
+    """Days that are handed over, in calls, in order."""
+
+    def __init__(self, work: Callable[[Any], Any], tasks: Iterable[Any], executor: Executor, limit: int) -> None:
+        self.work, self.executor, self.limit, self.pace = work, executor, limit, _Pace(executor)
+        self.source, self.calls = _batches(tasks, self.pace), deque[tuple[list[Any], Future]]()
+
+    def fill(self) -> None:
+        """Hand days over while fewer are out than full calls would hold: small calls do not leave workers waiting for the next."""
+        while sum(len(batch) for batch, _ in self.calls) < self.limit * self.pace.full and (batch := next(self.source, None)):
+            self.calls.append((batch, _submit(self.executor, self.work, batch)))
+
+    def take(self, counts: Counter) -> list[Any]:
+        """Outcomes of the oldest call."""
+        batch, future = self.calls.popleft()
+        seconds, found = _outcomes(self.work, batch, future, counts, self.executor)
+        self.pace.took(seconds, len(batch))
+        return found
+
+# %% ../../nbs/30_calibration/36d_executors.ipynb #f0302f77
 def spread(
     work: Callable[[Any], Any],  # that another process can import
     tasks: Iterable[Any],
     executor: Executor,
     counts: Counter,  # days_done_again is added to
-    out: int | None = None,  # calls out at a time; None: two per worker and two more
+    limit: int | None = None,  # full calls out at a time; None: two per worker and two more
 ) -> Iterator[Any]:
     """The outcome of each task in order. The first tasks are handed over at once."""
-    source, limit = _batches(tasks, executor), out or 2 * getattr(executor, "workers", 7) + 2
-    waiting = deque((batch, _submit(executor, work, batch)) for batch in itertools.islice(source, limit))
+    out = _Out(work, tasks, executor, limit or 2 * getattr(executor, "workers", 7) + 2)
+    out.fill()
 
     def outcomes() -> Iterator[Any]:
         try:
-            while waiting:
-                found = _outcomes(work, *waiting.popleft(), counts, executor)
-                waiting.extend((batch, _submit(executor, work, batch)) for batch in itertools.islice(source, 1))
+            while out.calls:
+                found = out.take(counts)
+                out.fill()
                 yield from found
         finally:
-            for _, future in waiting:
+            for _, future in out.calls:
                 future.cancel()
 
     return outcomes()
@@ -151,21 +209,24 @@ def _tasks_of(args: tuple[Any, ...]) -> list[Any]:
     return args[1] if len(args) == 2 and isinstance(args[1], list) else [None]
 
 
-def _given_up(args: tuple[Any, ...]) -> JobError:
+def _given_up(args: tuple[Any, ...]) -> _WorkersLost:
     tasks = _tasks_of(args)
     what = ", ".join(f"{task.refs[0].asset} {task.refs[0].day}" if isinstance(task, DayTask) else repr(task) for task in tasks)
-    return JobError(
+    return _WorkersLost(
         f"every worker that was given {what} died ({MAX_ATTEMPTS} of them), so there is no result; "
         "is there memory enough for a day? Try fewer workers, and look at the files of that day; "
         'a script of your own must start workers under `if __name__ == "__main__":`, or each of them starts the script again'
     )
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #48249398
+CALL_SECONDS = 0.25  # that a call should take
 _STARTING = threading.Lock()  # a fork beside another would inherit the pipe by which the other's death is seen
 
 
 class LocalPool(Executor):
     """Processes, each replaced when it dies."""
+
+    call_seconds = CALL_SECONDS
 
     def __init__(
         self,
@@ -189,8 +250,9 @@ class LocalPool(Executor):
                     future = self._own.pool.submit(call)
                 return future.result()
             except BrokenExecutor:
-                self._own.pool, self.lost = None, self.lost + len(_tasks_of(call.args))
-                log.warning("a worker died, its day is done again")
+                self._own.pool, days = None, len(_tasks_of(call.args))
+                self.lost += days
+                log.warning("a worker died, what it had in hand is done again (days: %d)", days)
         raise _given_up(call.args)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -253,16 +315,13 @@ def _same_source(versions: dict[str, Any]) -> None:
         )
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #18aaa598
-BATCH = 8  # days in one call of dask
-
-
 def _called(call: bytes) -> tuple[int, bytes]:
     """What a pickled call gives: its size and, compressed, its bytes; most of a day's numbers are zeros."""
     found = pickle.dumps(pickle.loads(call)(), protocol=5)
     return len(found), pa.compress(found, "lz4", asbytes=True)
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #1864e296
-def _opened(packed: Future) -> Future:
+def _opened(packed: Future, args: tuple[Any, ...] = ()) -> Future:
     """What `_called` gave, as it was."""
     out: Future = Future()
 
@@ -273,7 +332,7 @@ def _opened(packed: Future) -> Future:
             size, found = one.result()
             out.set_result(pickle.loads(pa.decompress(found, size, "lz4")))
         except BaseException as error:
-            out.set_exception(error)
+            out.set_exception(_given_up(args) if type(error).__name__ == "KilledWorker" else error)
 
     packed.add_done_callback(done)
     out.add_done_callback(lambda one: packed.cancel() if one.cancelled() else None)
@@ -290,7 +349,7 @@ def _keys_of_the_dead(events: Iterable[tuple[Any, dict[str, Any]]]) -> Iterator[
 class ClusterPool(Executor):
     """The workers of a dask scheduler."""
 
-    batch = BATCH
+    call_seconds = CALL_SECONDS
 
     def __init__(
         self,
@@ -311,7 +370,7 @@ class ClusterPool(Executor):
 
         key = f"{self._run}-{len(self._days)}"
         self._days[key] = len(_tasks_of(args))
-        return _opened(self._inner.submit(_called, dumps(functools.partial(fn, *args, **kwargs)), key=key))
+        return _opened(self._inner.submit(_called, dumps(functools.partial(fn, *args, **kwargs)), key=key), args)
 
     @property
     def lost(self) -> int:
