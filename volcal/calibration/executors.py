@@ -90,7 +90,7 @@ def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, coun
         return _each(work, tasks)
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #8e2be4f6
-MOST = 32  # days in a call: what waits for its turn stays small
+MOST = 64  # days in a call: what waits for its turn stays small
 
 
 class _Pace:
@@ -219,7 +219,7 @@ def _given_up(args: tuple[Any, ...]) -> _WorkersLost:
     )
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #48249398
-CALL_SECONDS = 0.25  # that a call should take
+CALL_SECONDS = 0.5  # that a call should take
 _STARTING = threading.Lock()  # a fork beside another would inherit the pipe by which the other's death is seen
 
 
