@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime
@@ -529,7 +530,7 @@ def many_days(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def watched(monkeypatch: pytest.MonkeyPatch, pool: Any) -> list[int]:
     """Days of each call that a pool is given from now on."""
     sent, submit = list[int](), pool.submit
-    monkeypatch.setattr(pool, "submit", lambda fn, work, days: sent.append(len(days)) or submit(fn, work, days))
+    monkeypatch.setattr(pool, "submit", lambda fn, work, days, most: sent.append(len(days)) or submit(fn, work, days, most))
     return sent
 
 
@@ -541,11 +542,11 @@ def test_a_killed_worker_costs_the_days_of_its_calls(cluster: str, many_days: Pa
     with open_executor(cluster=cluster) as pool:
         sent = watched(monkeypatch, pool)
         found = calibrate(many_days, pool)
-    assert sent == 2 * [1, 1, 1, 1, 1, 1, 8, 2]
-    assert 8 <= found.events["days_done_again"] <= 10 and same_but(alone, found, "days_done_again")
+    assert sent == 2 * [1, 1, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert 2 <= found.events["days_done_again"] <= 4 and same_but(alone, found, "days_done_again")
 
 
-@pytest.mark.parametrize("kills, again", [(tenth_killed_once, 8), (tenth_always_killed, 0)])
+@pytest.mark.parametrize("kills, again", [(tenth_killed_once, 2), (tenth_always_killed, 0)])
 def test_a_killed_process_costs_its_call(many_days: Path, monkeypatch: pytest.MonkeyPatch, kills: Any, again: int) -> None:
     """Where it is always the same day that kills, that day is named, whoever travelled with it."""
     alone = calibrate(many_days)
@@ -561,10 +562,40 @@ def test_a_killed_process_costs_its_call(many_days: Path, monkeypatch: pytest.Mo
 
 def test_a_day_that_kills_every_cluster_worker_is_named(many_days: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
+    dask = pytest.importorskip("dask")
     use(monkeypatch, tenth_always_killed)
-    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as own:
+    patient = {"distributed.deploy.lost-worker-timeout": "300s"}  # a busy machine takes its time to replace eight workers
+    with dask.config.set(patient), distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as own:
         with open_executor(cluster=own.scheduler_address) as pool, pytest.raises(JobError, match="given BTC 2026-03-11 died"):
             calibrate(many_days, pool)
+
+
+def test_outcomes_that_were_taken_are_not_kept(tmp_path: Path) -> None:
+    """Neither here nor by dask, without any garbage collection; so nobody waits for them when the workers are gone."""
+    import gc
+
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0", silence_logs=50) as own:
+        with open_executor(cluster=own.scheduler_address) as pool:
+            gc.disable()
+            try:
+                assert list(executors.spread(abs, range(200), pool, Counter())) == list(range(200))
+                until = time.monotonic() + 10
+                while pool._client.futures and time.monotonic() < until:
+                    time.sleep(0.05)
+                assert not pool._client.futures
+            finally:
+                gc.enable()
+            own.scale(0)
+
+
+def test_a_failing_day_gives_up_no_day_before_it(many_days: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed is kept in the cache, whatever calls it travelled in."""
+    place = tmp_path_factory.mktemp("kept")
+    use(monkeypatch, tenth_always_killed)
+    with open_executor(2) as pool, pytest.raises(JobError, match="given BTC 2026-03-11 died"):
+        calibrate(many_days, pool, place)
+    assert sum(".sums." in entry.name for entry in (place / "BTC").iterdir()) == 9
 
 
 def test_a_root_that_a_worker_does_not_see(cluster: str, harvest: Path, monkeypatch: pytest.MonkeyPatch) -> None:

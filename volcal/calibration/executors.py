@@ -19,6 +19,7 @@ import re
 import threading
 import time
 import uuid
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -38,23 +39,31 @@ __all__ = ['log', 'WAIT_SECONDS', 'MOST', 'MAX_ATTEMPTS', 'CALL_SECONDS', 'ANSWE
            'run_days']
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #bb1e2c85
-def _each(work: Callable[[Any], Any], tasks: list[Any]) -> tuple[float, list[Any]]:
-    """Seconds that the tasks took together, and their outcomes."""
-    start = time.perf_counter()
-    found = [work(task) for task in tasks]
+def _each(work: Callable[[Any], Any], tasks: list[Any], most: float = math.inf) -> tuple[float, list[Any]]:
+    """Seconds that the tasks took together, and their outcomes: those of the first ones where `most` seconds are over, or where the next one fails."""
+    start, found = time.perf_counter(), list[Any]()
+    for task in tasks:
+        try:
+            found.append(work(task))
+        except Exception:
+            if not found:
+                raise
+            break
+        if time.perf_counter() - start > most:
+            break
     return time.perf_counter() - start, found
 
 
-def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any]) -> Future:
+def _submit(executor: Executor, work: Callable[[Any], Any], tasks: list[Any], most: float = math.inf) -> Future:
     """The tasks, handed over; a future that has failed where the executor takes nothing any more."""
     try:
-        return executor.submit(_each, work, tasks)
+        return executor.submit(_each, work, tasks, most)
     except BrokenExecutor as error:
         failed: Future = Future()
         failed.set_exception(error)
         return failed
 
-# %% ../../nbs/30_calibration/36d_executors.ipynb #a5dd2fca
+# %% ../../nbs/30_calibration/36d_executors.ipynb #45bcd383
 WAIT_SECONDS = 30.0  # before an executor looks whether there is still somebody to wait for
 
 
@@ -70,18 +79,9 @@ def _waited_for(future: Future, look: Callable[[], None] | None) -> tuple[float,
     return future.result()
 
 
-class _WorkersLost(JobError):
-    """Every worker that was given a call died."""
-
-
 def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, counts: Counter, executor: Executor) -> tuple[float, list[Any]]:
     try:
         return _waited_for(future, getattr(executor, "look", None))
-    except _WorkersLost:
-        if len(tasks) == 1:
-            raise
-        apart = [_outcomes(work, [task], _submit(executor, work, [task]), counts, executor) for task in tasks]
-        return math.fsum(seconds for seconds, _ in apart), [found for _, one in apart for found in one]
     except CancelledError as error:
         raise JobError(f"the executor gave {len(tasks)} days back undone, as when its scheduler dies, so there is no result; start it and run again") from error
     except BrokenExecutor as error:
@@ -89,24 +89,30 @@ def _outcomes(work: Callable[[Any], Any], tasks: list[Any], future: Future, coun
         counts["days_done_again"] += len(tasks)
         return _each(work, tasks)
 
-# %% ../../nbs/30_calibration/36d_executors.ipynb #8e2be4f6
+# %% ../../nbs/30_calibration/36d_executors.ipynb #4484d91c
 MOST = 64  # days in a call: what waits for its turn stays small
+
+
+def _workers(executor: Executor, otherwise: int) -> int:
+    """How many an executor says that it has."""
+    return max(1, int(getattr(executor, "workers", None) or otherwise))
 
 
 class _Pace:
     """How many days the next call takes."""
 
     def __init__(self, executor: Executor) -> None:
-        self.wanted, self.workers, self.each = getattr(executor, "call_seconds", 0.0), getattr(executor, "workers", 1), math.inf
+        self.wanted, self.workers = float(getattr(executor, "call_seconds", None) or 0.0), _workers(executor, 1)
+        self.each, self.newest = math.inf, 0
 
     def took(self, seconds: float, days: int) -> None:
         """What the newest call taught."""
-        self.each = max(seconds, 1e-9) / days
+        self.each, self.newest = max(seconds, 1e-9) / days, days
 
     @property
     def full(self) -> int:
         """Days of a call that takes its time; one, while nothing is known."""
-        return max(1, min(MOST, int(self.wanted / self.each)))
+        return max(1, int(min(MOST, 8 * self.newest, self.wanted / self.each)))
 
     def size(self, left: int) -> int:
         """Days of the next call: at most half a worker's share of those that are left, but no less than an eighth of a full one."""
@@ -120,6 +126,10 @@ def _batches(tasks: Iterable[Any], pace: _Pace) -> Iterator[list[Any]]:
         yield batch
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #b451b6bd
+class _WorkersLost(JobError):
+    """Every worker that was given a call died."""
+
+
 class _Out:
     """Days that are handed over, in calls, in order."""
 
@@ -127,16 +137,31 @@ class _Out:
         self.work, self.executor, self.limit, self.pace = work, executor, limit, _Pace(executor)
         self.source, self.calls = _batches(tasks, self.pace), deque[tuple[list[Any], Future]]()
 
+    def _call(self, batch: list[Any]) -> tuple[list[Any], Future]:
+        return batch, _submit(self.executor, self.work, batch, 2 * self.pace.wanted or math.inf)
+
     def fill(self) -> None:
         """Hand days over while fewer are out than full calls would hold: small calls do not leave workers waiting for the next."""
         while sum(len(batch) for batch, _ in self.calls) < self.limit * self.pace.full and (batch := next(self.source, None)):
-            self.calls.append((batch, _submit(self.executor, self.work, batch)))
+            self.calls.append(self._call(batch))
+
+    def _again(self, tasks: list[Any], most: int) -> None:
+        """Hand days over once more, before all others, so many at a time."""
+        calls = [self._call(tasks[start : start + most]) for start in range(0, len(tasks), most)]
+        self.calls.extendleft(reversed(calls))
 
     def take(self, counts: Counter) -> list[Any]:
-        """Outcomes of the oldest call."""
+        """The next outcomes; none where their call was lost and goes out again, day by day."""
         batch, future = self.calls.popleft()
-        seconds, found = _outcomes(self.work, batch, future, counts, self.executor)
-        self.pace.took(seconds, len(batch))
+        try:
+            seconds, found = _outcomes(self.work, batch, future, counts, self.executor)
+        except _WorkersLost:
+            if len(batch) == 1:
+                raise
+            self._again(batch, 1)
+            return []
+        self.pace.took(seconds, len(found))
+        self._again(batch[len(found) :], self.pace.full)
         return found
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #f0302f77
@@ -148,7 +173,7 @@ def spread(
     limit: int | None = None,  # full calls out at a time; None: two per worker and two more
 ) -> Iterator[Any]:
     """The outcome of each task in order. The first tasks are handed over at once."""
-    out = _Out(work, tasks, executor, limit or 2 * getattr(executor, "workers", 7) + 2)
+    out = _Out(work, tasks, executor, limit or 2 * _workers(executor, 7) + 2)
     out.fill()
 
     def outcomes() -> Iterator[Any]:
@@ -206,15 +231,15 @@ def _context(kind: str | None) -> multiprocessing.context.BaseContext:
 # %% ../../nbs/30_calibration/36d_executors.ipynb #c0e01596
 def _tasks_of(args: tuple[Any, ...]) -> list[Any]:
     """The days in a call of `_each`; any other call counts as one."""
-    return args[1] if len(args) == 2 and isinstance(args[1], list) else [None]
+    return args[1] if len(args) > 1 and isinstance(args[1], list) else [None]
 
 
 def _given_up(args: tuple[Any, ...]) -> _WorkersLost:
     tasks = _tasks_of(args)
     what = ", ".join(f"{task.refs[0].asset} {task.refs[0].day}" if isinstance(task, DayTask) else repr(task) for task in tasks)
     return _WorkersLost(
-        f"every worker that was given {what} died ({MAX_ATTEMPTS} of them), so there is no result; "
-        "is there memory enough for a day? Try fewer workers, and look at the files of that day; "
+        f"every worker that was given {what} died, several in a row, so there is no result; is there memory enough for a day, "
+        "and for what else runs on that worker? Try fewer workers or threads, and look at the files of that day; "
         'a script of your own must start workers under `if __name__ == "__main__":`, or each of them starts the script again'
     )
 
@@ -335,7 +360,8 @@ def _opened(packed: Future, args: tuple[Any, ...] = ()) -> Future:
             out.set_exception(_given_up(args) if type(error).__name__ == "KilledWorker" else error)
 
     packed.add_done_callback(done)
-    out.add_done_callback(lambda one: packed.cancel() if one.cancelled() else None)
+    held = weakref.ref(packed)  # a strong one would close a circle, and dask would keep every outcome until a garbage collection
+    out.add_done_callback(lambda one: one.cancelled() and (inner := held()) is not None and inner.cancel())
     return out
 
 # %% ../../nbs/30_calibration/36d_executors.ipynb #192faf29
