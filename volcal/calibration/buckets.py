@@ -12,12 +12,13 @@ import numpy as np
 from numba import njit
 
 from .config import CalibrationConfig
+from .filters import GOLDEN_GAMMA, splitmix64
 from .residuals import COL, metrics_from_sums, ratio
 from ..units import ConfigError
 
 # %% auto #0
-__all__ = ['TERM_EDGES', 'WEEKDAYS', 'bucket_kernel', 'bucket_of', 'bucket_names', 'GroupLayout', 'group_layout', 'LabelTable',
-           'label_table', 'group_labels', 'bucket_entry']
+__all__ = ['TERM_EDGES', 'WEEKDAYS', 'MANY_CELLS', 'bucket_kernel', 'bucket_of', 'bucket_names', 'GroupLayout', 'group_layout',
+           'LabelTable', 'label_table', 'Cells', 'no_cells', 'cell_numbers', 'bucket_entry']
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #9f699f8c
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -126,7 +127,7 @@ def label_table(
     config: CalibrationConfig,
     samples: dict[str, int],  # the bit of "headline", "buckets" and each "band:<name>"
 ) -> LabelTable:
-    """The numbering of groups for `group_labels`."""
+    """The numbering of groups for `cell_numbers`."""
     def kind(name: str) -> int:
         return _KINDS.index("type" if name.startswith("band_type:") else "headline" if name.startswith("band:") else name)
     filled = {name: groups for name, groups in layout.partitions.items() if groups}
@@ -136,9 +137,42 @@ def label_table(
     return LabelTable(partitions, types, *(np.array(edges or [], dtype=float) for edges in (TERM_EDGES, config.bucket_by_dte, config.bucket_by_abs_delta)))
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #b11fecc5
+MANY_CELLS = 4096
+
+
+class Cells(NamedTuple):
+    """The cells that were met so far."""
+
+    slots: np.ndarray  # (2 x MANY_CELLS,) int32, the cell whose hash leads there, -1 none
+    places: np.ndarray  # (MANY_CELLS,) int64, its place within every kind of partition, as one number
+    samples: np.ndarray  # (MANY_CELLS,) int64, the bits of the samples that partitions count
+    labels: np.ndarray  # (MANY_CELLS, partitions) int32 group numbers, -1 where its rows are in none
+    used: np.ndarray  # (1,) int64, how many cells there are
+
+
+def no_cells(table: LabelTable) -> Cells:
+    """Room for the cells of a layout."""
+    places, samples = np.empty((2, MANY_CELLS), dtype=np.int64)
+    labels = np.empty((MANY_CELLS, len(table.partitions)), dtype=np.int32)
+    return Cells(np.full(2 * MANY_CELLS, -1, dtype=np.int32), places, samples, labels, np.zeros(1, dtype=np.int64))
+
+# %% ../../nbs/30_calibration/33_buckets.ipynb #be6ea04b
 @njit(cache=True, nogil=True, error_model="numpy")
-def group_labels(
+def _label_cell(table, member, kind, weekday, regime, term, d, a, labels):
+    """Group numbers of the rows of one cell."""
+    partitions, delta_edges, place = table[0], table[4], np.zeros(8, dtype=np.int64)
+    place[1], place[2], place[3], place[4], place[5], place[6] = kind, weekday, regime, term, d, a
+    place[7] = d * (delta_edges.size - 1) + a if d >= 0 and a >= 0 else -1
+    for p in range(partitions.shape[0]):
+        at = place[partitions[p, 0]]
+        inside = (member >> partitions[p, 3]) & 1
+        labels[p] = partitions[p, 1] + at if inside and 0 <= at < partitions[p, 2] else -1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def cell_numbers(
     table,  # `LabelTable`
+    cells,  # `Cells` with room for n more: new ones are added
     sign,  # (n,) +1 call, -1 put
     weekday,  # (n,) 0 = Monday
     regime,  # (n,) regime number, -1 unknown
@@ -146,24 +180,29 @@ def group_labels(
     abs_delta,  # (n,)
     member,  # (n,) int64, one bit per sample
     buckets,  # (3, n or more) int32, scratch
-    labels,  # (n or more, partitions) int32 group numbers, -1 where a row is in none: filled
+    numbers,  # (n,) int32: filled
 ):
-    """Group numbers of each row."""
-    partitions, types, term_edges, dte_edges, delta_edges = table
-    n, place = dte.size, np.zeros(8, dtype=np.int64)
-    by_term, by_dte, by_delta = buckets[0][:n], buckets[1][:n], buckets[2][:n]
+    """Cell of each row."""
+    (partitions, types, term_edges, dte_edges, delta_edges), (slots, places, samples, labels, used) = table, cells
+    by_term, by_dte, by_delta = buckets[0][: dte.size], buckets[1][: dte.size], buckets[2][: dte.size]
     bucket_kernel(dte, term_edges, by_term)
     bucket_kernel(dte, dte_edges, by_dte)
     bucket_kernel(abs_delta, delta_edges, by_delta)
-    for i in range(n):
-        d, a = by_dte[i], by_delta[i]
-        place[1], place[2], place[3] = types[0] if sign[i] > 0.0 else types[1], weekday[i], regime[i]
-        place[4], place[5], place[6] = by_term[i], d, a
-        place[7] = d * (delta_edges.size - 1) + a if d >= 0 and a >= 0 else -1
-        for p in range(partitions.shape[0]):
-            at = place[partitions[p, 0]]
-            inside = (member[i] >> partitions[p, 3]) & 1
-            labels[i, p] = partitions[p, 1] + at if inside and 0 <= at < partitions[p, 2] else -1
+    counted = 0
+    for p in range(partitions.shape[0]):
+        counted |= 1 << partitions[p, 3]
+    for i in range(dte.size):
+        kind, bits = types[0] if sign[i] > 0.0 else types[1], member[i] & counted
+        place = (((regime[i] + 1) * 7 + weekday[i]) * 3 + kind + 1) * (term_edges.size + 1) + by_term[i] + 1
+        place = (place * (dte_edges.size + 1) + by_dte[i] + 1) * (delta_edges.size + 1) + by_delta[i] + 1
+        at = np.int64(splitmix64(np.uint64(place) * GOLDEN_GAMMA + np.uint64(bits)) & np.uint64(slots.size - 1))
+        while slots[at] >= 0 and not (places[slots[at]] == place and samples[slots[at]] == bits):
+            at = (at + 1) % slots.size
+        if slots[at] < 0:
+            slots[at], places[used[0]], samples[used[0]] = used[0], place, bits
+            _label_cell(table, bits, kind, weekday[i], regime[i], by_term[i], by_dte[i], by_delta[i], labels[used[0]])
+            used[0] += 1
+        numbers[i] = slots[at]
 
 # %% ../../nbs/30_calibration/33_buckets.ipynb #755c7d78
 def bucket_entry(

@@ -59,10 +59,13 @@ def _time_keys(time_ns, seed, out):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _row_keys(hashed, codes, keys):
-    """Mix the hash of each row's name into the key of its time."""
+def _row_keys(hashed, codes, time_ns, seed, out):
+    """Mix the hash of each row's name into the key of its time; neighbours mostly share theirs."""
+    offset, key = splitmix64(seed + GOLDEN_GAMMA), np.uint64(0)
     for i in range(codes.size):
-        keys[i] = splitmix64(hashed[codes[i]] ^ keys[i])
+        if i == 0 or time_ns[i] != time_ns[i - 1]:
+            key = splitmix64(np.uint64(time_ns[i]) ^ offset)
+        out[i] = splitmix64(hashed[codes[i]] ^ key)
 
 
 def time_keys(
@@ -81,9 +84,9 @@ def row_keys(
     seed: int,  # any whole number
 ) -> np.ndarray:  # (n,) uint64, uniform
     """A uniform key per (instrument, time)."""
-    values, out = pd.Categorical(names), time_keys(time_ns, seed)
+    values, out = pd.Categorical(names), np.empty(len(time_ns), dtype=np.uint64)
     hashed = pd.util.hash_array(values.categories.to_numpy(dtype=object), categorize=False)
-    _row_keys(hashed, np.asarray(values.codes, dtype=np.int64), out)
+    _row_keys(hashed, np.asarray(values.codes, dtype=np.int32), np.asarray(time_ns, dtype=np.int64), np.uint64(seed % 2**64), out)
     return out
 
 # %% ../../nbs/30_calibration/31_filters.ipynb #24382e83

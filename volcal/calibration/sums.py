@@ -18,7 +18,7 @@ import pyarrow as pa
 from numba import njit
 
 from . import residuals as res
-from .buckets import GroupLayout, LabelTable, group_labels, group_layout, label_table
+from .buckets import MANY_CELLS, GroupLayout, LabelTable, cell_numbers, group_layout, label_table, no_cells
 from .config import CalibrationConfig, judged_surface
 from .filters import liquidity_filter, row_keys, strata_order, stratified_sample, time_keys
 from .residuals import COL, accumulate, add_to_histogram, price_scale, ratio, residual_kernel, residuals
@@ -48,7 +48,6 @@ __all__ = ['SAMPLE_ROWS', 'MAX_BANDS', 'ALL_KEYS', 'Part', 'ROW_INPUTS', 'BLOCK'
 SAMPLE_ROWS = 200_000
 MAX_BANDS = 60  # a row's samples are the bits of one number
 ALL_KEYS = np.uint64(2**64 - 1)
-
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #e4e6b29b
 @dataclass(frozen=True)
@@ -206,9 +205,9 @@ class Prepared:
     counts: Counter
     liquidity: Counter
 
-    def selected(self, sample: str) -> np.ndarray:  # (n,) bool
-        """The rows of one sample."""
-        return (self.member & (1 << self.samples[sample])) != 0
+    def selected(self, *samples: str, at: Any = slice(None)) -> np.ndarray:  # (n,) bool, or for the rows `at`
+        """The rows of any of some samples."""
+        return (self.member[at] & sum(1 << self.samples[sample] for sample in samples)) != 0
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #0edbf4b6
 def _ranges(config: CalibrationConfig) -> dict[str, tuple[float, float, int | None]]:
@@ -365,7 +364,7 @@ def add_errors(
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #078cd701
 class _Columns(NamedTuple):
-    """What the loop reads, one value per row that is in a sample."""
+    """What the loop reads, one value per row of the chain."""
 
     mark_price: np.ndarray
     mark_iv: np.ndarray
@@ -378,10 +377,10 @@ class _Columns(NamedTuple):
     best_bid_price: np.ndarray
     best_ask_price: np.ndarray
     sign: np.ndarray
-    linear: np.ndarray  # int8
     term: np.ndarray  # multiplier of the surface at each row's days
+    linear: np.ndarray  # int8
     member: np.ndarray  # int64
-    place: np.ndarray  # int64, its snapshot
+    place: np.ndarray  # int32, its snapshot
     group: np.ndarray  # int64, its snapshot and expiry
     number: np.ndarray  # int64, its expiry
 
@@ -411,40 +410,55 @@ BLOCK = 1024
 class _Scratch(NamedTuple):
     """Room for one block."""
 
+    given: np.ndarray  # (11, BLOCK) the first columns, as `_Columns` names them
     x: np.ndarray  # (9, BLOCK) scale, rv, atm, |delta|, level, IV, price, percent error, IV error
-    whole: np.ndarray  # (2, BLOCK) int64 weekday, regime
+    whole: np.ndarray  # (3, BLOCK) int64 weekday, regime, member
     flags: np.ndarray  # (4, BLOCK) bool: in the skew's days, RV known, counted in the skew fit, counted in the histogram
     buckets: np.ndarray  # (3, BLOCK) int32
-    labels: np.ndarray  # (BLOCK, partitions) int32
+    cell: np.ndarray  # (BLOCK, 1) int32
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _fill_block(n, c, shared, rules, scratch, used, missing):
-    """The block's own numbers; `used` counts the headline's rows per snapshot, `missing` those without RV and without a volatility at the money."""
-    _, _, forward, _, t, dte, _, call_delta, _, _, sign, linear, term, member, place, group, number = c
+def _fill_block(some, columns, shared, rules, scratch, used, missing):
+    """Gather rows, and make the block's own numbers; `used` counts the headline's per snapshot, `missing` those without RV and without an at-the-money IV."""
+    mark, mark_iv, forward, strike, t, dte, vega, call_delta, bid, ask, sign, term, linear, member, place, group, number = columns
     rv_of, regime_of, atm_of, weekday_of = shared
     _, fixed_iv, skewed, (low, high), _, _, rate, _, (fit_low, fit_high) = rules
-    x, whole, flags = scratch[0], scratch[1], scratch[2]
-    for i in range(n):
-        s, head = place[i], (member[i] & 1) != 0
-        rv, atm = rv_of[s], atm_of[group[i]]
+    given, x, whole, flags, _, _ = scratch
+    for i in range(some.size):
+        r = some[i]
+        given[0, i], given[1, i], given[2, i], given[3, i], given[4, i], given[5, i] = mark[r], mark_iv[r], forward[r], strike[r], t[r], dte[r]
+        given[6, i], given[7, i], given[8, i], given[9, i], given[10, i] = vega[r], call_delta[r], bid[r], ask[r], sign[r]
+        s, head = place[r], (member[r] & 1) != 0
+        rv, atm = rv_of[s], atm_of[group[r]]
         known = math.isfinite(rv)
-        x[0, i], x[1, i], x[2, i] = math.exp(-rate * t[i]) if linear[i] else 1.0 / forward[i], rv, atm
-        x[3, i], x[4, i] = call_delta[i] if sign[i] > 0.0 else 1.0 - call_delta[i], (fixed_iv if known and not math.isnan(fixed_iv) else rv) * term[i]
-        whole[0, i], whole[1, i] = weekday_of[number[i]], regime_of[s]
-        flags[0, i], flags[1, i], flags[3, i] = skewed and low <= dte[i] <= high, known, head and known
-        flags[2, i] = head and fit_low <= dte[i] <= fit_high
+        x[0, i], x[1, i], x[2, i] = math.exp(-rate * t[r]) if linear[r] else 1.0 / forward[r], rv, atm
+        x[3, i], x[4, i] = call_delta[r] if sign[r] > 0.0 else 1.0 - call_delta[r], (fixed_iv if known and not math.isnan(fixed_iv) else rv) * term[r]
+        whole[0, i], whole[1, i], whole[2, i] = weekday_of[number[r]], regime_of[s], member[r]
+        flags[0, i], flags[1, i], flags[3, i] = skewed and low <= dte[r] <= high, known, head and known
+        flags[2, i] = head and fit_low <= dte[r] <= fit_high
         used[s] += head
         missing[0] += head and not known
         missing[1] += head and not atm > 0.0
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #a826394a
+class _CellSums(NamedTuple):
+    """Sums of each cell, and what is not apart by groups."""
+
+    groups: np.ndarray  # (MANY_CELLS, len(SUM_COLUMNS))
+    positions: np.ndarray  # (MANY_CELLS, POSITIONS)
+    position_rv: np.ndarray  # (MANY_CELLS,)
+    moments: np.ndarray  # as `Sums`
+    histogram: np.ndarray  # as `Sums`
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
-def _add_block(n, c, rules, scratch, groups, positions, position_rv, moments, histogram):
-    """Add a filled block to every sum."""
-    mark, mark_iv, forward, strike, t, dte, vega, delta, bid, ask, sign, _, _, member, _, _, _ = c
+def _add_block(n, rules, scratch, cells, sums):
+    """Add a filled block to its cells."""
     table, _, skewed, (low, high), deltas, ratios, _, anchors, _ = rules
-    x, whole, flags, buckets, labels = scratch
+    given, x, whole, flags, buckets, cell = scratch
+    mark, mark_iv, forward, strike, t, dte = given[0][:n], given[1][:n], given[2][:n], given[3][:n], given[4][:n], given[5][:n]
+    vega, delta, bid, ask, sign = given[6][:n], given[7][:n], given[8][:n], given[9][:n], given[10][:n]
     scale, rv, atm, abs_delta, level = x[0][:n], x[1][:n], x[2][:n], x[3][:n], x[4][:n]
     iv, price, pct, ive = x[5][:n], x[6][:n], x[7][:n], x[8][:n]
     if skewed:
@@ -452,47 +466,60 @@ def _add_block(n, c, rules, scratch, groups, positions, position_rv, moments, hi
     else:
         iv[:] = level
     residual_kernel(mark, mark_iv, iv, forward, strike, t, sign, scale, price, pct, ive)
-    group_labels(table, sign, whole[0][:n], whole[1][:n], dte, abs_delta, member, buckets, labels)
-    accumulate(labels, pct, ive, price, vega, bid, ask, mark_iv, iv, rv, atm, forward, groups)
-    position_sums(labels, flags[1][:n], flags[0][:n], not skewed, delta, mark_iv, atm, t, vega, rv, positions, position_rv)
-    anchor_moments(flags[2][:n], delta, mark_iv, atm, vega, anchors, moments)
-    add_to_histogram(pct, flags[3][:n], histogram)
+    cell_numbers(table, cells, sign, whole[0][:n], whole[1][:n], dte, abs_delta, whole[2][:n], buckets, cell[:n, 0])
+    accumulate(cell[:n], pct, ive, price, vega, bid, ask, mark_iv, iv, rv, atm, forward, sums.groups)
+    position_sums(cell[:n], flags[1][:n], flags[0][:n], not skewed, delta, mark_iv, atm, t, vega, rv, sums.positions, sums.position_rv)
+    anchor_moments(flags[2][:n], delta, mark_iv, atm, vega, anchors, sums.moments)
+    add_to_histogram(pct, flags[3][:n], sums.histogram)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #250a9a9d
 @njit(cache=True, nogil=True, error_model="numpy")
-def _cut(columns, start, stop):
-    """The rows of a block, without a copy."""
-    a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q = columns
-    return (
-        a[start:stop], b[start:stop], c[start:stop], d[start:stop], e[start:stop], f[start:stop], g[start:stop], h[start:stop], i[start:stop],
-        j[start:stop], k[start:stop], l[start:stop], m[start:stop], n[start:stop], o[start:stop], p[start:stop], q[start:stop],
-    )
+def _add_cells(cells, sums, groups, positions, position_rv):
+    """Add each cell to its groups, and forget the cells."""
+    for c in range(cells.used[0]):
+        line = sums.positions[c]
+        first, end = 0, line.size
+        while first < end and line[first] == 0.0:
+            first += 1
+        while end > first and line[end - 1] == 0.0:
+            end -= 1
+        for g in cells.labels[c]:
+            if g >= 0:
+                groups[g] += sums.groups[c]
+                positions[g, first:end] += line[first:end]
+                position_rv[g] += sums.position_rv[c]
+        sums.groups[c], line[first:end], sums.position_rv[c] = 0.0, 0.0, 0.0
+    cells.slots[:], cells.used[0] = -1, 0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _add_rows(columns, shared, rules, scratch, groups, positions, position_rv, moments, histogram, used, missing):
-    """Add all rows to every sum."""
-    rows = columns[0].size
-    for start in range(0, rows, BLOCK):
-        stop = min(start + BLOCK, rows)
-        block = _cut(columns, start, stop)
-        _fill_block(stop - start, block, shared, rules, scratch, used, missing)
-        _add_block(stop - start, block, rules, scratch, groups, positions, position_rv, moments, histogram)
+def _add_rows(some, columns, shared, rules, scratch, cells, sums, groups, positions, position_rv, used, missing):
+    """Add some rows to every sum."""
+    for start in range(0, some.size, BLOCK):
+        block = some[start : start + BLOCK]
+        if cells.used[0] + block.size > MANY_CELLS:
+            _add_cells(cells, sums, groups, positions, position_rv)
+        _fill_block(block, columns, shared, rules, scratch, used, missing)
+        _add_block(block.size, rules, scratch, cells, sums)
+    _add_cells(cells, sums, groups, positions, position_rv)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #346ea404
 def _loop_columns(chain: Chain, ready: Prepared, plan: Plan) -> _Columns:
-    """Of the rows that are in a sample; the others count nowhere."""
-    columns, groups, some = chain.columns, ready.groups, np.flatnonzero(ready.member)
-    at = slice(None) if some.size == ready.member.size else some
-    given = {name: read_only(columns[name][at]) for name in _Columns._fields[:10]}
-    term, linear = read_only(term_multiplier(plan.surface, given["dte"])), read_only(columns["settlement"].codes[at], np.int8)
-    whole = [read_only(values[at], np.int64) for values in (ready.member, ready.place, groups.group, groups.number)]
-    return _Columns._make([*given.values(), read_only(ready.sign[at]), linear, term, *whole])
+    columns, groups = chain.columns, ready.groups
+    given = [read_only(columns[name]) for name in _Columns._fields[:10]]
+    term, linear = read_only(term_multiplier(plan.surface, columns["dte"])), read_only(columns["settlement"].codes, np.int8)
+    whole = [read_only(values, np.int64) for values in (groups.group, groups.number)]
+    return _Columns._make([*given, read_only(ready.sign), term, linear, read_only(ready.member, np.int64), read_only(ready.place, np.int32), *whole])
 
 
-def _loop_scratch(partitions: int) -> _Scratch:
-    whole, flags = np.empty((2, BLOCK), dtype=np.int64), np.empty((4, BLOCK), dtype=np.bool_)
-    return _Scratch(np.empty((9, BLOCK)), whole, flags, np.empty((3, BLOCK), dtype=np.int32), np.empty((BLOCK, partitions), dtype=np.int32))
+def _loop_scratch() -> _Scratch:
+    whole, flags = np.empty((3, BLOCK), dtype=np.int64), np.empty((4, BLOCK), dtype=np.bool_)
+    return _Scratch(np.empty((11, BLOCK)), np.empty((9, BLOCK)), whole, flags, np.empty((3, BLOCK), dtype=np.int32), np.empty((BLOCK, 1), dtype=np.int32))
+
+
+def _cell_sums(out: Sums) -> _CellSums:
+    """Room for the cells of a chain; memory that no cell needs is never touched."""
+    return _CellSums(np.zeros((MANY_CELLS, len(COL))), np.zeros((MANY_CELLS, POSITIONS)), np.zeros(MANY_CELLS), out.moments, out.histogram)
 
 
 def _loop_rules(plan: Plan, samples: dict[str, int]) -> _Rules:
@@ -521,9 +548,9 @@ def chain_sums(
     rv, regime = np.asarray(rv, dtype=np.float64), np.full(len(rv), -1) if regime is None else np.asarray(regime, dtype=np.int64)
     shared = _Shared(rv, regime, ready.groups.atm, _weekdays(ready.groups))
     used, missing = np.zeros(rv.size, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    columns, rules = _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
-    scratch = _loop_scratch(len(rules.labels.partitions))
-    _add_rows(columns, shared, rules, scratch, out.groups, out.positions, out.position_rv, out.moments, out.histogram, used, missing)
+    some, columns, rules = np.flatnonzero(ready.member), _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
+    cells, sums = no_cells(rules.labels), _cell_sums(out)
+    _add_rows(some, columns, shared, rules, _loop_scratch(), cells, sums, out.groups, out.positions, out.position_rv, used, missing)
     out.counts = ready.counts + Counter({"rows_without_trusted_rv": int(missing[0]), "rows_without_atm": int(missing[1])})
     out.liquidity, out.histogram = ready.liquidity, out.histogram.astype(np.int32)  # half as much to send and to keep
     out.rows = [_sample_rows(chain, ready, plan, rv, regime)]
@@ -537,10 +564,10 @@ ROW_NUMBERS = (*ROW_INPUTS, "atm", "rv", "sign", "scale", "weekday", "regime", "
 
 def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regime: np.ndarray) -> Piece:
     """Rows kept for pass 2: by row key, and whole snapshots by snapshot key for the ladder."""
-    headline, ladder, small = ready.selected("headline"), ready.selected("ladder"), ready.keys <= plan.row_threshold
     own = plan.config.bands or [] if plan.config.multiplier_method == "min_mae" else []
-    bands = {name: ready.selected(name) for name in (f"band:{band.name}" for band in own)}
-    at = np.flatnonzero((np.logical_or.reduce([headline, *bands.values()]) & small) | ladder)
+    bands = [f"band:{band.name}" for band in own]
+    at = np.flatnonzero(((ready.keys <= plan.row_threshold) & ready.selected("headline", *bands)) | ready.selected("ladder"))
+    small = ready.keys[at] <= plan.row_threshold
     times, of, columns = chain.tallies["time"].asi8, ready.place[at], chain.columns
     names = columns["instrument_name"]
     return Piece({
@@ -549,7 +576,8 @@ def _sample_rows(chain: Chain, ready: Prepared, plan: Plan, rv: np.ndarray, regi
         "harvest_time": columns["harvest_time"].asi8[at].view("datetime64[ns]"),
         "instrument_name": names.categories.to_numpy(dtype=object)[names.codes[at]],
         "row_key": ready.keys[at], "snapshot_key": time_keys(times, plan.config.seed)[of],
-        "in_headline": (headline & small)[at], "in_ladder": ladder[at], **{name: mask[at] for name, mask in bands.items()},
+        "in_headline": ready.selected("headline", at=at) & small, "in_ladder": ready.selected("ladder", at=at),
+        **{name: ready.selected(name, at=at) for name in bands},
     })
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #df956631

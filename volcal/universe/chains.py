@@ -29,7 +29,7 @@ from .paths import Path, SpotPath, iv_departure, path_model, price_decimals, sim
 from ..units import EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, ConfigError, NoUsableDataError, epoch_ns, to_utc
 from ..vol.realized import PriceSeries, from_candles, realized_vol
 from ..vol.regimes import RegimeParams, fade_response
-from ..vol.surface import VolSurface, applied_surface, get_synthetic_iv, regime_skew_nodes, skewed_iv_scalar, surface_in_use
+from ..vol.surface import VolSurface, applied_surface, get_synthetic_iv, regime_skew_nodes, skewed_iv_kernel, surface_in_use
 
 log = logging.getLogger("volcal.chains")
 
@@ -114,16 +114,20 @@ def strike_grid(
 @njit(cache=True, nogil=True, error_model="numpy")
 def floored_iv_kernel(expiry, k, t, level, deltas, ratios, out):
     """IV of rows: expiry number, ln(K/F); per expiry t, level and ratios (expiries, nodes). Returns how many rows were floored."""
-    floored = 0
+    number, strike, forward = expiry.astype(np.float64), np.exp(k), np.ones(out.size)
+    iv, own, best, floored = np.empty(out.size), np.empty(out.size), np.zeros(out.size), 0
+    for e in range(t.size):
+        its_level, its_t = np.full(out.size, level[e]), np.full(out.size, t[e])
+        skewed_iv_kernel(its_level, forward, strike, its_t, number, float(e), math.inf, deltas, ratios[e], iv)  # of rows that expire then or later
+        for i in range(out.size):
+            total = iv[i] * iv[i] * t[e]
+            if expiry[i] == e:
+                own[i], best[i] = iv[i], best[i] if total < best[i] else total
+            elif expiry[i] > e and total > best[i]:
+                best[i] = total
     for i in range(out.size):
-        e, strike = expiry[i], math.exp(k[i])
-        own = skewed_iv_scalar(level[e], 1.0, strike, t[e], deltas, ratios[e])
-        best = own * own * t[e]
-        for j in range(e):
-            iv = skewed_iv_scalar(level[j], 1.0, strike, t[j], deltas, ratios[j])
-            best = max(best, iv * iv * t[j])
-        out[i] = math.sqrt(best / t[e])
-        floored += out[i] > own * (1.0 + 1e-12)
+        out[i] = math.sqrt(best[i] / t[expiry[i]])
+        floored += out[i] > own[i] * (1.0 + 1e-12)
     return floored
 
 # %% ../../nbs/40_universe/42_chains.ipynb #7dcb4512

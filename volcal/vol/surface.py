@@ -6,22 +6,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import settings as defaults
-from ..market.pricing import call_delta_scalar, fast_exp, norm_cdf_scalar
+from ..market.pricing import INLINE, INV_SQRT_2PI, SQRT_HALF, call_delta_scalar, fast_erfcx, fast_exp, fast_log, norm_cdf_scalar
 from ..settings import get_settings
 from ..units import ConfigError, PricingError
 from .overrides import override_multiplier_at
 from .regimes import RegimeModel, RegimeParams, RegimeState
 
 # %% auto #0
-__all__ = ['ANCHOR_GAP', 'SKEW_TOLERANCE', 'SKEW_MAX_ROUNDS', 'MIN_LEVEL', 'MIN_RATIO', 'DteBand', 'SkewSurface', 'template_skew',
-           'VolSurface', 'term_multiplier', 'skew_nodes', 'skew_ratio_scalar', 'skewed_iv_scalar', 'skewed_iv_kernel',
+__all__ = ['ANCHOR_GAP', 'SKEW_TOLERANCE', 'SKEW_ROUNDS', 'SKEW_MAX_ROUNDS', 'MIN_LEVEL', 'MIN_RATIO', 'DteBand', 'SkewSurface',
+           'template_skew', 'VolSurface', 'term_multiplier', 'skew_nodes', 'skew_ratio_scalar', 'skewed_iv_kernel',
            'set_applied_surface', 'applied_surface', 'surface_in_use', 'regime_multiplier', 'effective_multiplier',
            'get_synthetic_iv', 'regime_skew_nodes', 'compute_synthetic_iv_with_skew', 'get_regime_aware_iv_for_delta']
 
@@ -181,73 +181,156 @@ def skew_ratio_scalar(c, c0, deltas, ratios):
     return r_low + slope * (c - c_low), slope
 
 # %% ../../nbs/20_vol/25_surface.ipynb #2de81ef0
+@njit(cache=True, nogil=True, error_model="numpy")
+def _normal_quantile(p):
+    """z with N(z) = p: Newton's method from 0 on the convex side of N, where it never overshoots."""
+    if not 0.0 < p < 1.0:
+        return math.inf if p >= 1.0 else -math.inf
+    tail, z = min(p, 1.0 - p), 0.0
+    for _ in range(200):
+        step = (norm_cdf_scalar(z) - tail) / (fast_exp(-0.5 * z * z) * INV_SQRT_2PI)
+        z -= step
+        if abs(step) <= 1e-15 * (1.0 + abs(z)):
+            break
+    return z if p < 0.5 else -z
+
+# %% ../../nbs/20_vol/25_surface.ipynb #aed6c3c0
+class _Smile(NamedTuple):
+    """Rows that are solved together, a value for each."""
+
+    level: np.ndarray
+    k: np.ndarray  # ln(K/F)
+    root_t: np.ndarray
+    money: np.ndarray  # call delta at the money
+    c: np.ndarray  # the last node passed: call delta, below 0 none
+    r: np.ndarray  # and ratio
+    next_c: np.ndarray  # the node after it: call delta, above 1 none
+    next_r: np.ndarray  # and ratio
+    slope: np.ndarray  # of the ratio between them
+    low: np.ndarray  # the root's bracket
+    high: np.ndarray
+    iv: np.ndarray
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _pass_node(smile, delta, ratio, z, always):
+    """Where a node is passed, it begins the segment; where not, it ends the one that has no end yet. `always`: it counts whatever the money's delta."""
+    level, k, root_t, money, c, r, next_c, next_r = smile[:8]
+    for j in range(k.size):
+        s = level[j] * ratio * root_t[j]
+        counts, passed = always | (delta >= money[j] + ANCHOR_GAP), (0.5 * s - z) * s >= k[j]
+        begins, ends = counts & passed, counts & (not passed) & (next_c[j] > 1.0)
+        c[j], r[j] = delta if begins else c[j], ratio if begins else r[j]
+        next_c[j] = 2.0 if begins else (delta if ends else next_c[j])
+        next_r[j] = ratio if ends else next_r[j]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _pass_money(smile):
+    """The money is a node of its own in every row, with ratio 1."""
+    _, k, _, money, c, r, next_c, next_r = smile[:8]
+    for j in range(k.size):
+        passed, ends = k[j] <= 0.0, (k[j] > 0.0) & (next_c[j] > 1.0)
+        c[j], r[j] = money[j] if passed else c[j], 1.0 if passed else r[j]
+        next_c[j] = 2.0 if passed else (money[j] if ends else next_c[j])
+        next_r[j] = 1.0 if ends else next_r[j]
+
+# %% ../../nbs/20_vol/25_surface.ipynb #b44efa19
+@njit(cache=True, nogil=True, error_model="numpy")
+def _segments(smile, deltas, ratios, quantiles):
+    """Segment, slope and bracket of every row; beyond the outermost nodes, and at the money itself, the ratio is flat."""
+    level, k, root_t, money, c, r, next_c, next_r, slope, low, high, iv = smile
+    for j in range(k.size):
+        d1 = 0.5 * level[j] * root_t[j]
+        money[j] = 1.0 - 0.5 * fast_exp(-0.5 * d1 * d1) * fast_erfcx(d1 * SQRT_HALF)
+        c[j], r[j], next_c[j], next_r[j] = -1.0, 1.0, 2.0, 1.0
+    calls = 0
+    while calls < deltas.size and deltas[calls] <= 0.5 - ANCHOR_GAP:
+        _pass_node(smile, deltas[calls], ratios[calls], quantiles[calls], True)
+        calls += 1
+    _pass_money(smile)
+    for n in range(calls, deltas.size):
+        _pass_node(smile, deltas[n], ratios[n], quantiles[n], False)
+    for j in range(k.size):
+        first = next_r[j] if c[j] < 0.0 else r[j]
+        flat = (c[j] < 0.0) | (next_c[j] > 1.0) | (k[j] == 0.0)
+        r[j] = 1.0 if k[j] == 0.0 else first
+        slope[j] = 0.0 if flat else (next_r[j] - first) / (next_c[j] - c[j])
+        low[j] = level[j] * r[j]
+        high[j] = low[j] if flat else level[j] * next_r[j]
+        iv[j] = 0.5 * (low[j] + high[j])
+
+# %% ../../nbs/20_vol/25_surface.ipynb #be013a8e
 SKEW_TOLERANCE = 1e-12
+SKEW_ROUNDS = 4
 SKEW_MAX_ROUNDS = 50
 
 
-@njit(cache=True, nogil=True, error_model="numpy", inline="always")
-def _node(j, calls, puts, c0, deltas, ratios):
-    """Delta and ratio of the j-th node, the money among them."""
-    if j == calls:
-        return c0, 1.0
-    n = j if j < calls else puts + j - calls - 1
-    return deltas[n], ratios[n]
+@njit(**INLINE)
+def _root_step(level, k, root_t, c, r, slope, low, high, iv):
+    """One round for iv = level x (r + slope x (call delta - c)) between `low` and `high`: bracket, IV, and whether it is the root."""
+    d1 = -k / (iv * root_t) + 0.5 * iv * root_t
+    e = fast_exp(-0.5 * d1 * d1)
+    tail = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF)
+    gap = iv - level * (r + slope * ((1.0 - tail if d1 > 0.0 else tail) - c))
+    there = (abs(gap) <= SKEW_TOLERANCE * level) | (abs(high - low) <= 1e-16 * level)
+    is_low = (gap < 0.0) == (high > low)
+    low, high = iv if is_low else low, high if is_low else iv
+    step = iv - gap / (1.0 + level * slope * e * INV_SQRT_2PI * (d1 - iv * root_t) / iv)
+    inside = (step > min(low, high)) & (step < max(low, high))
+    return low, high, (iv if there else (step if inside else 0.5 * (low + high))), there
 
-# %% ../../nbs/20_vol/25_surface.ipynb #aed6c3c0
-@njit(cache=True, nogil=True, error_model="numpy")
-def _segment_root(level, k, root_t, c, r, slope, low, high):
-    """IV between `low` and `high` that solves iv = level x (r + slope x (call delta - c))."""
-    iv, rising = 0.5 * (low + high), high > low
-    for _ in range(SKEW_MAX_ROUNDS):
-        d1 = -k / (iv * root_t) + 0.5 * iv * root_t
-        gap = iv - level * (r + slope * (norm_cdf_scalar(d1) - c))
-        if abs(gap) <= SKEW_TOLERANCE * level or abs(high - low) <= 1e-16 * level:
-            break
-        if (gap < 0.0) == rising:
-            low = iv
-        else:
-            high = iv
-        density = fast_exp(-0.5 * d1 * d1) * 0.3989422804014327
-        step = iv - gap / (1.0 + level * slope * density * (d1 - iv * root_t) / iv)
-        iv = step if min(low, high) < step < max(low, high) else 0.5 * (low + high)
-    return iv
 
-# %% ../../nbs/20_vol/25_surface.ipynb #be013a8e
 @njit(cache=True, nogil=True, error_model="numpy")
-def skewed_iv_scalar(level, forward, strike, t, deltas, ratios):
-    """IV that solves iv = level x ratio(call delta at iv); the plain level without nodes or for invalid input."""
-    if not (level > 0.0 and forward > 0.0 and strike > 0.0 and t > 0.0) or deltas.size == 0:
-        return level
-    root_t, k = math.sqrt(t), math.log(strike / forward)
-    c0 = norm_cdf_scalar(0.5 * level * root_t)
-    calls, puts = 0, 0
-    for x in deltas:
-        calls += x <= 0.5 - ANCHOR_GAP
-        puts += x < c0 + ANCHOR_GAP
-    below, above = -1, calls + 1 + deltas.size - puts
-    while above - below > 1:
-        middle = (below + above) // 2
-        c, r = _node(middle, calls, puts, c0, deltas, ratios)
-        if norm_cdf_scalar(-k / (level * r * root_t) + 0.5 * level * r * root_t) >= c:
-            below = middle
-        else:
-            above = middle
-    if below < 0 or above > calls + deltas.size - puts:
-        return level * _node(max(below, 0), calls, puts, c0, deltas, ratios)[1]
-    (c, r), (c_next, r_next) = _node(below, calls, puts, c0, deltas, ratios), _node(above, calls, puts, c0, deltas, ratios)
-    if r == r_next or k == 0.0:
-        return level * r if k != 0.0 else level
-    return _segment_root(level, k, root_t, c, r, (r_next - r) / (c_next - c), level * r, level * r_next)
+def _roots(smile, there):
+    """IV of every row, from the middle of its bracket."""
+    level, k, root_t, _, c, r, _, _, slope, low, high, iv = smile
+    for _ in range(SKEW_ROUNDS):
+        for j in range(iv.size):
+            low[j], high[j], iv[j], there[j] = _root_step(level[j], k[j], root_t[j], c[j], r[j], slope[j], low[j], high[j], iv[j])
+    for j in range(iv.size):
+        for _ in range(SKEW_ROUNDS, SKEW_MAX_ROUNDS):
+            if there[j]:
+                break
+            low[j], high[j], iv[j], there[j] = _root_step(level[j], k[j], root_t[j], c[j], r[j], slope[j], low[j], high[j], iv[j])
 
 # %% ../../nbs/20_vol/25_surface.ipynb #ddd637b7
+_SMILE_ROWS = 256
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _cut_smile(columns, n):
+    a, b, c, d, e, f, g, h, i, j, k, l = (columns[0], columns[1], columns[2], columns[3], columns[4], columns[5], columns[6], columns[7],
+                                          columns[8], columns[9], columns[10], columns[11])
+    return _Smile(a[:n], b[:n], c[:n], d[:n], e[:n], f[:n], g[:n], h[:n], i[:n], j[:n], k[:n], l[:n])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _solve_rows(rows, level, forward, strike, t, deltas, ratios, quantiles, smile, there, out):
+    for j in range(rows.size):
+        i = rows[j]
+        smile.level[j], smile.k[j], smile.root_t[j] = level[i], strike[i] / forward[i], t[i]
+    for j in range(rows.size):
+        smile.k[j], smile.root_t[j] = fast_log(smile.k[j]), math.sqrt(smile.root_t[j])
+    _segments(smile, deltas, ratios, quantiles)
+    _roots(smile, there)
+    for j in range(rows.size):
+        out[rows[j]] = smile.iv[j]
+
+# %% ../../nbs/20_vol/25_surface.ipynb #d2bf2fd8
 @njit(cache=True, nogil=True, error_model="numpy")
 def skewed_iv_kernel(level, forward, strike, t, dte, min_dte, max_dte, deltas, ratios, out):
-    """`skewed_iv_scalar` over rows; rows outside [min_dte, max_dte] keep their level."""
+    """IV of rows that solves iv = level x ratio(call delta at iv); the plain level outside [min_dte, max_dte], without nodes and for invalid input."""
+    rows, columns, there, n = np.empty(_SMILE_ROWS, dtype=np.int64), np.empty((12, _SMILE_ROWS)), np.empty(_SMILE_ROWS, dtype=np.bool_), 0
+    quantiles = np.array([_normal_quantile(c) for c in deltas])
     for i in range(out.size):
-        if min_dte <= dte[i] <= max_dte:
-            out[i] = skewed_iv_scalar(level[i], forward[i], strike[i], t[i], deltas, ratios)
-        else:
-            out[i] = level[i]
+        out[i], rows[n] = level[i], i
+        moneyness = strike[i] / forward[i]
+        n += (min_dte <= dte[i] <= max_dte) and 0.0 < level[i] < math.inf and forward[i] > 0.0 and 1e-300 < moneyness < 1e300 and 0.0 < t[i] < math.inf
+        if n == _SMILE_ROWS or (i == out.size - 1 and n):
+            if deltas.size:
+                _solve_rows(rows[:n], level, forward, strike, t, deltas, ratios, quantiles, _cut_smile(columns, n), there[:n], out)
+            n = 0
 
 # %% ../../nbs/20_vol/25_surface.ipynb #5b1c0de2
 _APPLIED: dict[str, VolSurface] = {}
