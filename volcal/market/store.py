@@ -987,7 +987,8 @@ def _day_bytes(table: pa.Table, index: DayIndex, day: date) -> pa.Buffer:
         "version": 1, "day": f"{day:%Y-%m-%d}", "minutes": [f"{t:%H%M}" for t in index.times], "rows": index.rows,
         "schema_of": index.schema_of, "schemas": [base64.b64encode(s.serialize()).decode() for s in index.schemas],
     }
-    return _parquet(table.replace_schema_metadata({_INDEX_KEY: json.dumps(text)}), compression="lz4", row_group_size=1 << 16)
+    fields = [f.with_nullable(column.null_count > 0) for f, column in zip(table.schema, table.columns, strict=True)]
+    return _parquet(pa.Table.from_arrays(table.columns, schema=pa.schema(fields, {_INDEX_KEY: json.dumps(text)})), compression="lz4")
 
 
 def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) -> Callable[[Any], None]:
