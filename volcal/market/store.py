@@ -134,17 +134,18 @@ def check_schema(
 
 # %% ../../nbs/10_market/15_store.ipynb #6123a886
 _TEXT = pa.dictionary(pa.int32(), pa.string())
+_TYPES = {"time": pa.timestamp("ns", "UTC"), "text": _TEXT, "expiry": _TEXT, "epoch": pa.float64(), "number": pa.float64()}
 
 
 def _canonical_column(column: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
     """One column in the one Arrow type of its kind."""
-    if column.type == _TEXT and kind in ("text", "expiry"):
+    if column.type == _TYPES[kind]:
         return column
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     is_time = column_kind(column.type) == "time"
     if kind == "time":
-        return column.cast(pa.timestamp("ns", "UTC"))
+        return column.cast(_TYPES[kind])
     if kind in ("text", "expiry"):
         return (column.cast(pa.timestamp("s"), safe=False) if is_time else column).cast(pa.string()).dictionary_encode()
     if is_time:
@@ -152,12 +153,10 @@ def _canonical_column(column: pa.ChunkedArray, kind: str) -> pa.ChunkedArray:
     return column.cast(pa.float64(), safe=False)
 
 # %% ../../nbs/10_market/15_store.ipynb #c237ffc3
-def _canonical(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
-    types = {"time": pa.timestamp("ns", "UTC"), "text": _TEXT, "expiry": _TEXT}
-    have = set(table.column_names)
-    columns = [_canonical_column(table.column(c), COLUMN_KINDS[c]) if c in have
-               else pa.chunked_array([pa.nulls(table.num_rows, types.get(COLUMN_KINDS[c], pa.float64()))]) for c in wanted]
-    return pa.Table.from_arrays(columns, names=list(wanted))
+def _canonical(table: pa.Table, wanted: Sequence[str], rows: int) -> pa.Table:
+    have, kinds = set(table.column_names), {c: COLUMN_KINDS[c] for c in wanted}
+    absent = {kind: pa.nulls(rows, _TYPES[kind]) for kind in {kind for c, kind in kinds.items() if c not in have}}
+    return pa.table({c: _canonical_column(table.column(c), kind) if c in have else absent[kind] for c, kind in kinds.items()})
 
 # %% ../../nbs/10_market/15_store.ipynb #f7d771f2
 def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
@@ -166,14 +165,14 @@ def _utc(ns: np.ndarray) -> pd.DatetimeIndex:
 
 def _expiry_ns(epoch: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Expiry numbers as int64 ns; seconds, ms, µs or ns by the largest magnitude of each file. NaN becomes NaT."""
-    size = np.abs(epoch)
-    size[~(size < np.inf)] = 0.0
+    sound = len(epoch) > 0 and epoch.min() > 0 and epoch.max() < np.inf  # then there is nothing to mask
+    size = epoch if sound else np.where(np.isfinite(epoch), np.abs(epoch), 0.0)
     largest = np.maximum.reduceat(size, np.cumsum(counts) - counts) if len(size) else np.zeros(len(counts))
     to_ms = np.array([1e3, 1.0, 1e-3, 1e-6])[np.digitize(largest, [1e11, 1e14, 1e17])]
     alike = len(to_ms) > 0 and (to_ms == to_ms[0]).all()
     ms = epoch * (to_ms[0] if alike else np.repeat(to_ms, counts))
     np.rint(ms, out=ms)
-    lost = ~((np.abs(ms) < 9e12) & (size > 0))
+    lost: Any = [] if sound and ms.max() < 9e12 else np.flatnonzero(~((np.abs(ms) < 9e12) & (size > 0)))
     ms[lost] = 0.0
     ns = ms.astype(np.int64)
     ns *= 1_000_000
@@ -192,16 +191,28 @@ def _expiry_text_ns(texts: Sequence[str]) -> np.ndarray:
     return np.where(bare, ns + EXPIRY_HOUR_UTC * NS_PER_DAY // 24, ns)
 
 # %% ../../nbs/10_market/15_store.ipynb #6e3fdfd9
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def _categorical(column: pa.ChunkedArray) -> Any:
-    array = column.combine_chunks()
+    array = _one_array(column)
     codes = (array.indices.fill_null(-1) if array.null_count else array.indices).to_numpy()
     texts = array.dictionary.to_numpy(zero_copy_only=False)
     return pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(pd.Index(texts, dtype=object)), validate=False)
 
 # %% ../../nbs/10_market/15_store.ipynb #548a6cd4
+def _no_numbers(n: int) -> np.ndarray:
+    nothing = np.full(n, np.nan)
+    nothing.flags.writeable = False
+    return nothing
+
+
 def _to_columns(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> dict[str, Any]:
     """Canonical columns as they leave the store."""
     out: dict[str, Any] = {"snapshot": np.repeat(np.arange(len(counts), dtype=np.int32), counts)}
+    lacking = {c for c in wanted if COLUMN_KINDS[c] == "number" and table.column(c).null_count == table.num_rows}
+    nothing = _no_numbers(table.num_rows) if lacking else None
     for name in wanted:
         kind, column = COLUMN_KINDS[name], table.column(name)
         if kind == "text":
@@ -209,7 +220,7 @@ def _to_columns(table: pa.Table, counts: np.ndarray, wanted: Sequence[str]) -> d
         elif kind == "time":
             out[name] = _utc(column.to_numpy().astype("datetime64[ns]", copy=False).view(np.int64))
         elif kind == "number":
-            out[name] = column.to_numpy()
+            out[name] = nothing if name in lacking else column.to_numpy()
         elif kind == "expiry":
             out[name] = _expiry(table, counts)
     return out
@@ -672,11 +683,23 @@ def _shape_of(file: pq.ParquetFile) -> _Shape:
     return shape
 
 # %% ../../nbs/10_market/15_store.ipynb #f49a3ec9
-def _all_of(meta: pq.FileMetaData, asset: str) -> bool:
-    """Whether a file's own statistics prove that every name in it begins with an asset and a dash."""
-    column = meta.schema.names.index("instrument_name")
-    found = [meta.row_group(i).column(column).statistics for i in range(meta.num_row_groups)]
-    return all(s is not None and s.null_count == 0 and s.has_min_max and f"{asset}-" <= s.min <= s.max < f"{asset}." for s in found)
+def _all_of(names: Iterable[pq.Statistics | None], asset: str) -> bool:
+    """Whether the statistics of a file's row groups prove that every name in it begins with an asset and a dash."""
+    return all(s is not None and s.null_count == 0 and s.has_min_max and f"{asset}-" <= s.min <= s.max < f"{asset}." for s in names)
+
+
+def _all_null(numbers: Iterable[pq.Statistics | None]) -> bool:
+    return all(s is not None and s.has_null_count and s.num_values == 0 for s in numbers)
+
+
+def _undecided(meta: pq.FileMetaData, wanted: Sequence[str], only: str | None) -> list[str]:
+    """The columns of a day file that have to be decoded: its footer leaves open what is in them."""
+    at, groups, out = {name: i for i, name in enumerate(meta.schema.names)}, [meta.row_group(i) for i in range(meta.num_row_groups)], []
+    for name in (c for c in wanted if c in at):
+        told = (group.column(at[name]).statistics for group in groups)
+        proved = COLUMN_KINDS[name] == "number" and _all_null(told) or name == "instrument_name" and only is not None and _all_of(told, only)
+        out += [] if proved else [name]
+    return out
 
 
 class _PartReader(_RawReader):
@@ -703,8 +726,8 @@ class _PartReader(_RawReader):
         try:
             with self._files.open(refs[0].path) as source:
                 file = _opened(source)
-                index, known = _index_in(file.metadata), only is not None and _all_of(file.metadata, only)
-                table = file.read(columns=_needed(file.schema_arrow, [c for c in wanted if c != "instrument_name" or not known]))
+                index = _index_in(file.metadata)
+                table = file.read(columns=_undecided(file.metadata, wanted, only), use_threads=pa.cpu_count() > 1)
         except _READ_ERRORS as error:
             return [SchemaFailure(ref.path, ref.time, "unreadable", detail=str(error)) for ref in refs]
         return _day_parts(table, index, refs)
@@ -781,8 +804,9 @@ def _wanted(columns: Sequence[str] | None) -> list[str]:
 def _harmonised(run: list[_Part], wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
     """Parts of like schema, harmonised together; where that fails, one by one, so that the culprit is named."""
     try:
-        table = _canonical(pa.concat_tables([p.table for p in run]), wanted)
-        return [_Part([r for p in run for r in p.refs], [n for p in run for n in p.rows], table)]
+        rows = [n for p in run for n in p.rows]
+        table = _canonical(pa.concat_tables([p.table for p in run]), wanted, sum(rows))
+        return [_Part([r for p in run for r in p.refs], rows, table)]
     except pa.ArrowException as error:
         if len(run) == 1:
             return [SchemaFailure(r.path, r.time, "unreadable", detail=str(error)) for r in run[0].refs]
@@ -803,7 +827,7 @@ def _assemble(loaded: list[_Part | SchemaFailure], wanted: Sequence[str]) -> Raw
     kept = []
     for out in (out for _, group in groups for out in _harmonised(list(group), wanted)):
         failures.append(out) if isinstance(out, SchemaFailure) else kept.append(out)
-    table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted)]).unify_dictionaries()
+    table = pa.concat_tables([p.table for p in kept] or [_canonical(pa.table({}), wanted, 0)]).unify_dictionaries()
     counts = np.array([n for p in kept for n in p.rows], dtype=np.int64)
     return RawBatch(_to_columns(table, counts, wanted), [r for p in kept for r in p.refs], sorted(failures, key=lambda f: f.time))
 
@@ -833,11 +857,11 @@ def _layout_column(table: pa.Table, name: str) -> pa.ChunkedArray:
     kind = COLUMN_KINDS[name]
     is_text = name in table.column_names and column_kind(table.schema.field(name).type) == "text"
     if kind == "epoch" or (kind == "expiry" and not is_text):
-        ns = _expiry(_canonical(table, ["expiry", "expiry_timestamp"]), np.array([table.num_rows]))
+        ns = _expiry(_canonical(table, ["expiry", "expiry_timestamp"], table.num_rows), np.array([table.num_rows]))
         text = pa.array(ns.strftime("%Y-%m-%d"), pa.string(), from_pandas=True)
         seconds = np.where(ns.isna(), np.nan, ns.asi8 / 1e9)
         return pa.chunked_array([text if kind == "expiry" else pa.array(seconds, from_pandas=True)])
-    column = _canonical(table, [name]).column(0)
+    column = _canonical(table, [name], table.num_rows).column(0)
     return column.cast(_HARVEST_TIME, safe=False) if kind == "time" else column.cast(pa.string()) if kind in ("text", "expiry") else column
 
 # %% ../../nbs/10_market/15_store.ipynb #6c946a3d
@@ -871,8 +895,7 @@ def _bits(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.string())
     if not pa.types.is_floating(column.type):
         return column
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return pa.chunked_array([pa.array(array.to_numpy(zero_copy_only=False), from_pandas=True)])
+    return pa.chunked_array([pa.array(_one_array(column).to_numpy(zero_copy_only=False), from_pandas=True)])
 
 # %% ../../nbs/10_market/15_store.ipynb #8980e3af
 def _parquet(table: pa.Table, **options: Any) -> pa.Buffer:
