@@ -397,6 +397,8 @@ _READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
 
 def _minutes(day: date, texts: Sequence[str]) -> list[pd.Timestamp]:
     """Minutes of a UTC day, written HHMM."""
+    if not texts:  # the small files of most days that are compacted
+        return []
     since = np.array([60 * int(m[:2]) + int(m[2:]) for m in texts], dtype=np.int64) + 1440 * (day - date(1970, 1, 1)).days
     return pd.DatetimeIndex((since * 60_000_000).view("datetime64[us]"), tz="UTC", copy=False).tolist()
 
