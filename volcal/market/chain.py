@@ -760,10 +760,9 @@ class _Computed(NamedTuple):
 def _greeks(f, k, t, iv, log_moneyness, call_delta, delta, vega):  # type: ignore[no-untyped-def]
     """Delta holds 0 for calls and -1 for puts, vega the discount factor; a loop without branches."""
     for j in range(f.size):
-        log_moneyness[j] = fast_log(k[j] / f[j])
-        call_delta[j] = call_delta_scalar(f[j], k[j], t[j], iv[j])
-        delta[j] += call_delta[j]
-        vega[j] *= vega_scalar(f[j], k[j], t[j], iv[j])
+        fj, kj, tj, vj = f[j], k[j], t[j], iv[j]  # read before anything is written, so that both greeks share their work
+        up, slope = call_delta_scalar(fj, kj, tj, vj), vega_scalar(fj, kj, tj, vj)
+        log_moneyness[j], call_delta[j], delta[j], vega[j] = fast_log(kj / fj), up, delta[j] + up, vega[j] * slope
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -115,8 +115,7 @@ def _black(f: float, k: float, s: float) -> tuple[float, float, float, float]:
 # %% ../../nbs/10_market/11_pricing.ipynb #9b5e999b
 @njit(**INLINE)
 def _valid(f: float, k: float, t: float, iv: float) -> bool:
-    inf = math.inf
-    return (f > 0.0) & (f < inf) & (k > 0.0) & (k < inf) & (t >= 0.0) & (t < inf) & (iv >= 0.0) & (iv < inf)
+    return (f > 0.0) & (k > 0.0) & (t >= 0.0) & (iv >= 0.0) & (max(f, k, t, iv) < math.inf)
 
 # %% ../../nbs/10_market/11_pricing.ipynb #08d00f3a
 @njit(**KERNEL)
