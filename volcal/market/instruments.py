@@ -24,7 +24,7 @@ __all__ = ['MONTHS', 'NAME_FORM', 'settlement_of', 'Instrument', 'parse_instrume
 # %% ../../nbs/10_market/10_instruments.ipynb #23d905d1
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NAME_FORM = "ASSET-DMMMYY-STRIKE-C|P, e.g. BTC-27MAR26-90000-C or XRP_USDC-13DEC25-2d05-P"
-_NAME = re.compile(r"([A-Z0-9]+(?:_[A-Z]+)?)-(\d{1,2})([A-Z]{3})(\d{2})-(\d+(?:d\d+)?)-([CP])", re.ASCII)
+_NAME = re.compile(r"([A-Z0-9]+(?:_[A-Z]+)?)-(\d{1,2}[A-Z]{3}\d{2})-(\d+(?:d\d+)?)-([CP])", re.ASCII)
 
 # %% ../../nbs/10_market/10_instruments.ipynb #0957ec33
 def settlement_of(
@@ -46,22 +46,34 @@ class Instrument:
     option_type: str  # "C" or "P"
 
 # %% ../../nbs/10_market/10_instruments.ipynb #3af2b19a
+@lru_cache(maxsize=10_000)
+def _expiry_of(day: str) -> pd.Timestamp:
+    """08:00 UTC of 27MAR26. Raises `ValueError` where there is no such date."""
+    return pd.Timestamp(datetime(2000 + int(day[-2:]), MONTHS.index(day[-5:-2]) + 1, int(day[:-5]), EXPIRY_HOUR_UTC, tzinfo=UTC))
+
+
+def _read_name(name: str) -> tuple[str, pd.Timestamp, float, str]:
+    """Asset, expiry, strike and type. Raises `InstrumentNameError`."""
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise InstrumentNameError(f"{name!r} is not an option name; the form is {NAME_FORM}")
+    asset, day, strike_text, option_type = match.groups()
+    try:
+        expiry = _expiry_of(day)
+    except ValueError as error:
+        raise InstrumentNameError(f"{name!r} has no such date as {day}; the form is {NAME_FORM}") from error
+    strike = float(strike_text.replace("d", "."))
+    if strike <= 0:
+        raise InstrumentNameError(f"{name!r} has a strike of zero, which no option has; the form is {NAME_FORM}")
+    return asset, expiry, strike, option_type
+
+# %% ../../nbs/10_market/10_instruments.ipynb #6b515cec
 def parse_instrument(
     name: str,  # Deribit option name
 ) -> Instrument:
     """Read one name. Raises `InstrumentNameError` naming the text and the form."""
-    match = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
-        raise InstrumentNameError(f"{name!r} is not an option name; the form is {NAME_FORM}")
-    asset, day, month, year, strike_text, option_type = match.groups()
-    try:
-        expiry = datetime(2000 + int(year), MONTHS.index(month) + 1, int(day), EXPIRY_HOUR_UTC, tzinfo=UTC)
-    except ValueError as error:
-        raise InstrumentNameError(f"{name!r} has no such date as {day}{month}{year}; the form is {NAME_FORM}") from error
-    strike = float(strike_text.replace("d", "."))
-    if strike <= 0:
-        raise InstrumentNameError(f"{name!r} has a strike of zero, which no option has; the form is {NAME_FORM}")
-    return Instrument(name, asset, settlement_of(asset), pd.Timestamp(expiry), strike, option_type)
+    asset, expiry, strike, option_type = _read_name(name)
+    return Instrument(name, asset, settlement_of(asset), expiry, strike, option_type)
 
 # %% ../../nbs/10_market/10_instruments.ipynb #d0544e5e
 def _strike_text(strike: float) -> str:
@@ -89,10 +101,10 @@ def format_instrument(
 def _parsed_row(name: str) -> tuple[str | None, str | None, int, float, str | None, str]:
     """One name as a row of `parse_instruments`, its expiry in nanoseconds; remembered, since a name comes back every day until it expires."""
     try:
-        i = parse_instrument(name)
+        asset, expiry, strike, option_type = _read_name(name)
     except InstrumentNameError as error:
         return None, None, NO_TIME_NS, np.nan, None, str(error)
-    return i.asset, i.settlement, i.expiry.value, i.strike, i.option_type, ""
+    return asset, settlement_of(asset), expiry.value, strike, option_type, ""
 
 # %% ../../nbs/10_market/10_instruments.ipynb #8ff1143f
 def instrument_columns(
