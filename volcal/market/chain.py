@@ -332,13 +332,14 @@ class _Work(NamedTuple):
     scatter: np.ndarray  # (s, e) spread of parity forwards over strikes, relative
 
 # %% ../../nbs/10_market/13_chain.ipynb #e526c37b
-def _ranks(*keys: np.ndarray) -> np.ndarray:
-    """(m,) int64 number of each distinct combination, in order of the first key, then the second, ..."""
+def _ranks(*keys: np.ndarray) -> np.ndarray:  # (keys, m) int64
+    """The number of each distinct value of the first key, of the first two, ..., in sorted order."""
     order, changed = np.lexsort(keys[::-1]), np.zeros(len(keys[0]), dtype=bool)
-    for key in keys:
-        changed[1:] |= np.diff(key[order]) != 0
-    out = np.empty(len(order), dtype=np.int64)
-    out[order] = np.cumsum(changed)
+    out = np.empty((len(keys), len(order)), dtype=np.int64)
+    for rank, key in zip(out, keys, strict=True):
+        in_order = key[order]
+        changed[1:] |= in_order[1:] != in_order[:-1]
+        rank[order] = np.cumsum(changed)
     return out
 
 
@@ -352,7 +353,7 @@ def _parse_names(
     code, expiry_ns, strike = np.array([number[name] for name in of], dtype=np.int64), np.array(expiry, dtype=np.int64), np.array(strikes, dtype=float)
     each = np.array([(asset in (None, name), settlement_of(name) == "linear") for name in assets] + [(asset is None, False)], dtype=bool)  # the last for -1
     wanted, linear, sign = each[code, 0], each[code, 1], np.where(np.array(kind, dtype=object) == "C", 1.0, -1.0)
-    expiry_id, pair_id = _ranks(code, expiry_ns), _ranks(code, expiry_ns, np.nan_to_num(strike))
+    _, expiry_id, pair_id = _ranks(code, expiry_ns, np.where(code >= 0, strike, 0.0))
     return _Names(code >= 0, wanted, linear, expiry_ns, strike, sign, expiry_id, pair_id, code), assets
 
 # %% ../../nbs/10_market/13_chain.ipynb #ed753045
@@ -360,7 +361,7 @@ def _type_signs(
     option_type: pd.Categorical,  # C, P, call, put, ...
 ) -> np.ndarray:  # (n,) +1, -1, NaN when absent or unknown
     signs = [{"C": 1.0, "P": -1.0}.get(str(c)[:1].upper(), np.nan) for c in option_type.categories]
-    return np.array([*signs, np.nan])[option_type.codes]
+    return np.array([*signs, np.nan]).take(option_type.codes)  # indexing by int8 costs three times as much
 
 # %% ../../nbs/10_market/13_chain.ipynb #6bc2b332
 def read_only(
@@ -378,7 +379,7 @@ def _gather_rows(
 ) -> _Rows:
     """The columns as read-only arrays; percent become decimals here, and only here."""
     snapshot = columns["snapshot"]
-    start = np.concatenate([[0], np.flatnonzero(np.diff(snapshot)) + 1, [len(snapshot)]]) if len(snapshot) else np.zeros(1)
+    start = np.concatenate([[0], np.flatnonzero(snapshot[1:] != snapshot[:-1]) + 1, [len(snapshot)]]) if len(snapshot) else np.zeros(1)
     number = {name: read_only(columns[name]) for name in NUMBER_COLUMNS}
     decimal = {name: read_only(number[name] / 100.0) for name in ("mark_iv", "bid_iv", "ask_iv")}
     return _Rows(
@@ -847,13 +848,13 @@ def _assemble(
     at = slice(None) if keep.size == code.size else keep
     of = code[at]
     def kind(codes: np.ndarray, *categories: str) -> Any:
-        return lambda: pd.Categorical.from_codes(codes.astype(np.int8)[of], dtype=_category_type(categories), validate=False)
+        return lambda: pd.Categorical.from_codes(codes.astype(np.int8).take(of), dtype=_category_type(categories), validate=False)
     def kept(column: str) -> Any: return lambda: raw[column][at]
     greeks = [name for name in raw if name.startswith("greek_") and not np.isnan(raw[name]).all()]
     return LazyColumns({
         "snapshot": kept("snapshot"), "harvest_time": kept("harvest_time"), "instrument_name": kept("instrument_name"),
         "underlying": kind(names.asset, *assets), "settlement": kind(names.linear, "inverse", "linear"),
-        "expiry": lambda: _utc_index(names.expiry_ns[of]), "option_type": kind(names.sign < 0, "C", "P"), "strike": made.strike,
+        "expiry": lambda: _utc_index(names.expiry_ns.take(of)), "option_type": kind(names.sign < 0, "C", "P"), "strike": made.strike,
         "forward": made.forward, "index_price": kept("index_price"), "mark_price": kept("mark_price"), "mark_usd": made.mark_usd,
         "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
         "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
@@ -862,15 +863,24 @@ def _assemble(
     })
 
 # %% ../../nbs/10_market/13_chain.ipynb #c941bb6f
+@njit(cache=True, nogil=True, error_model="numpy")
+def _time_spans(start, time_ns):  # type: ignore[no-untyped-def]
+    """First and last instant of each snapshot, `NOT_A_TIME` where no row has a time."""
+    begin, end = np.full(start.size - 1, NOT_A_TIME), np.full(start.size - 1, NOT_A_TIME)
+    for s in range(start.size - 1):
+        for i in range(start[s], start[s + 1]):
+            if time_ns[i] != NOT_A_TIME:
+                begin[s] = min(begin[s], time_ns[i]) if begin[s] != NOT_A_TIME else time_ns[i]
+                end[s] = max(end[s], time_ns[i])
+    return begin, end
+
+
 def _tallies(
     snapshot: np.ndarray, rows: _Rows, counts: np.ndarray,
 ) -> dict[str, Any]:
     """When each snapshot was taken, and every count."""
-    first = rows.start[:-1]
-    known = np.where(rows.time_ns == NOT_A_TIME, np.iinfo(np.int64).max, rows.time_ns)
-    end = np.maximum.reduceat(rows.time_ns, first) if first.size else np.zeros(0, dtype=np.int64)
-    begin = np.where(end == NOT_A_TIME, NOT_A_TIME, np.minimum.reduceat(known, first)) if first.size else end
-    head = {"snapshot": snapshot[first], "time": _utc_index(end), "first_time": _utc_index(begin), "sweep_seconds": (end - begin) / 1e9}
+    begin, end = _time_spans(rows.start, rows.time_ns)
+    head = {"snapshot": snapshot[rows.start[:-1]], "time": _utc_index(end), "first_time": _utc_index(begin), "sweep_seconds": (end - begin) / 1e9}
     return head | dict(zip(_COUNT_NAMES, np.ascontiguousarray(counts.T), strict=True))
 
 # %% ../../nbs/10_market/13_chain.ipynb #6faeec39
