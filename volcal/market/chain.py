@@ -465,12 +465,12 @@ def _looks_decimal(iv, lo, hi):  # type: ignore[no-untyped-def]
 
 # %% ../../nbs/10_market/13_chain.ipynb #d65c3e38
 @njit(cache=True, nogil=True, error_model="numpy")
-def _suspect_units(rows, work):  # type: ignore[no-untyped-def]
+def _suspect_units(rows, work, quotes_tell):  # type: ignore[no-untyped-def]
     start, iv, bid_iv, ask_iv, iv_suspect, quote_suspect = rows.start, rows.iv, rows.bid_iv, rows.ask_iv, work.iv_suspect, work.quote_suspect
     for s in range(start.size - 1):
         lo, hi = start[s], start[s + 1]
         iv_suspect[s] = _looks_decimal(iv, lo, hi)
-        quote_suspect[s] = _looks_decimal(bid_iv, lo, hi) or _looks_decimal(ask_iv, lo, hi)
+        quote_suspect[s] = quotes_tell and (_looks_decimal(bid_iv, lo, hi) or _looks_decimal(ask_iv, lo, hi))
 
 # %% ../../nbs/10_market/13_chain.ipynb #53424f05
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -739,6 +739,18 @@ def _tally(rows, names, work):  # type: ignore[no-untyped-def]
                 if why >= Count.duplicate_instrument:
                     c[Count.complete_after] += math.isfinite(iv[i]) and math.isfinite(mark[i]) and _positive(quoted[i])
 
+# %% ../../nbs/10_market/13_chain.ipynb #f3cf91d9
+@njit(cache=True, nogil=True, error_model="numpy")
+def _usable(start, reason, n):  # type: ignore[no-untyped-def]
+    """The usable rows, and the position of the snapshot of each."""
+    keep, snapshot, j = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
+    for s in range(start.size - 1):
+        for i in range(start[s], start[s + 1]):
+            if reason[i] == 0:
+                keep[j], snapshot[j] = i, s
+                j += 1
+    return keep, snapshot
+
 # %% ../../nbs/10_market/13_chain.ipynb #e07c09ea
 class _Computed(NamedTuple):
     forward: np.ndarray
@@ -754,7 +766,6 @@ class _Computed(NamedTuple):
     ask: np.ndarray
     bid_iv: np.ndarray
     ask_iv: np.ndarray
-    mismatch: np.ndarray  # 0 or 1
 
 # %% ../../nbs/10_market/13_chain.ipynb #a18b9e99
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -769,9 +780,9 @@ def _greeks(f, k, t, iv, log_moneyness, call_delta, delta, vega):  # type: ignor
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
     codes, time_ns, index_price, mark = rows.code, rows.time_ns, rows.index_price, rows.mark
-    _, _, linear, expiry_ns, strike, sign, expiry_id, _, _ = names
-    counts, _, _, _, chosen, iv, _, error, _ = work
-    f, k, t, mark_usd, mark_iv, log_moneyness, delta, call_delta, vega, _, _, _, _, mismatch = out
+    linear, expiry_ns, strike, sign = names.linear, names.expiry_ns, names.strike, names.sign
+    counts, chosen, iv = work.counts, work.forward, work.iv
+    f, k, t, mark_usd, mark_iv, log_moneyness, delta, call_delta, vega, _, _, _, _ = out
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
         code = codes[i]
@@ -780,7 +791,7 @@ def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-un
         if not _positive(usd_per_unit):
             usd_per_unit = f[j]
             counts[s, Count.mark_usd_by_forward] += 1
-        mark_usd[j], mismatch[j] = mark[i] * usd_per_unit, abs(error[s, expiry_id[code]]) > FORWARD_TOLERANCE
+        mark_usd[j] = mark[i] * usd_per_unit
         delta[j], vega[j] = (0.0 if sign[code] > 0.0 else -1.0), (math.exp(-rate * t[j]) if linear[code] else 1.0)
     _greeks(f, k, t, mark_iv, log_moneyness, call_delta, delta, vega)
 
@@ -809,7 +820,7 @@ def _quote_iv(price, given, suspect, solve, usd, forward, strike, t, sign, count
 def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
     _, codes, _, _, _, _, _, _, _, given_bid, given_ask, _, given_bid_iv, given_ask_iv = rows
     linear, sign, counts, quote_suspect = names.linear, names.sign, work.counts, work.quote_suspect
-    forward, strike, years, _, _, _, _, _, _, bid, ask, bid_iv, ask_iv, _ = out
+    forward, strike, years, _, _, _, _, _, _, bid, ask, bid_iv, ask_iv = out
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
         code, f, k, t, c = codes[i], forward[j], strike[j], years[j], counts[s]
@@ -821,7 +832,7 @@ def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ig
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
+def _quotes(keep, snapshot, rows, names, work, quotes_tell, solve, rate, out):  # type: ignore[no-untyped-def]
     out.bid_iv[:] = math.nan
     out.ask_iv[:] = math.nan
     given_bid, given_ask, counts, out_bid, out_ask = rows.bid, rows.ask, work.counts, out.bid, out.ask
@@ -831,7 +842,7 @@ def _quotes(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignor
         counts[s, Count.two_sided] += bid > 0.0 and ask > 0.0
         counts[s, Count.crossed_quotes] += bid > ask
         out_bid[j], out_ask[j] = (math.nan, math.nan) if bid > ask else (bid, ask)
-    if solve or np.isfinite(rows.bid_iv).any() or np.isfinite(rows.ask_iv).any():
+    if solve or quotes_tell:
         _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out)
 
 # %% ../../nbs/10_market/13_chain.ipynb #844b41b5
@@ -842,7 +853,8 @@ def _category_type(categories: tuple[str, ...]) -> pd.CategoricalDtype:
 
 
 def _assemble(
-    raw: dict[str, Any], keep: np.ndarray, code: np.ndarray, names: _Names, assets: list[str], made: _Computed,
+    raw: dict[str, Any], keep: np.ndarray, snapshot: np.ndarray, code: np.ndarray, names: _Names, assets: list[str], error: np.ndarray,
+    made: _Computed,
 ) -> LazyColumns:
     """The chain's columns from its parts; arrays are not copied."""
     at = slice(None) if keep.size == code.size else keep
@@ -859,7 +871,7 @@ def _assemble(
         "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
         "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
         "log_moneyness": made.log_moneyness, "delta": made.delta, "abs_delta": lambda: np.abs(made.delta), "call_delta": made.call_delta,
-        "vega": made.vega, "forward_mismatch": lambda: made.mismatch != 0.0, **{name: kept(name) for name in greeks},
+        "vega": made.vega, "forward_mismatch": lambda: np.abs(error[snapshot, names.expiry_id.take(of)]) > FORWARD_TOLERANCE, **{name: kept(name) for name in greeks},
     })
 
 # %% ../../nbs/10_market/13_chain.ipynb #c941bb6f
@@ -868,10 +880,10 @@ def _time_spans(start, time_ns):  # type: ignore[no-untyped-def]
     """First and last instant of each snapshot, `NOT_A_TIME` where no row has a time."""
     begin, end = np.full(start.size - 1, NOT_A_TIME), np.full(start.size - 1, NOT_A_TIME)
     for s in range(start.size - 1):
+        low, high = np.iinfo(np.int64).max, NOT_A_TIME  # the least of all: any time is later
         for i in range(start[s], start[s + 1]):
-            if time_ns[i] != NOT_A_TIME:
-                begin[s] = min(begin[s], time_ns[i]) if begin[s] != NOT_A_TIME else time_ns[i]
-                end[s] = max(end[s], time_ns[i])
+            low, high = min(low, time_ns[i] if time_ns[i] != NOT_A_TIME else low), max(high, time_ns[i])
+        begin[s], end[s] = low if high != NOT_A_TIME else NOT_A_TIME, high
     return begin, end
 
 
@@ -908,16 +920,17 @@ def normalize_chain(
     rows, (names, assets) = _gather_rows(columns), _parse_names(columns["instrument_name"].categories, asset)
     work = _make_work(rows, names)
     _screen(rows, names, work)
-    _suspect_units(rows, work)
+    quotes_tell = bool(np.isfinite(rows.bid_iv).any() or np.isfinite(rows.ask_iv).any())
+    _suspect_units(rows, work, quotes_tell)
     _parity(rows, names, work, risk_free_rate, _pair_table(names))
     _test_marks(rows, names, work)
     _resolve(rows, names, work, FORWARD_MODES[forward], risk_free_rate)
     _tally(rows, names, work)
-    keep = np.flatnonzero(work.reason == 0)
-    snapshot = np.repeat(np.arange(rows.start.size - 1), work.counts[:, Count.usable])
+    keep, snapshot = _usable(rows.start, work.reason, work.counts[:, Count.usable].sum())
     made = _Computed._make(np.empty((len(_Computed._fields), keep.size)))
     _enrich(keep, snapshot, rows, names, work, risk_free_rate, made)
-    _quotes(keep, snapshot, rows, names, work, quote_iv, risk_free_rate, made)
+    _quotes(keep, snapshot, rows, names, work, quotes_tell, quote_iv, risk_free_rate, made)
     totals = dict(zip(_COUNT_NAMES, work.counts.sum(axis=0).tolist(), strict=True))
     log.info("chain: %s", ", ".join(f"{name} {count}" for name, count in totals.items() if count))
-    return Chain(_assemble(columns, keep, rows.code, names, assets, made), totals, _tallies(columns["snapshot"], rows, work.counts))
+    return Chain(_assemble(columns, keep, snapshot, rows.code, names, assets, work.error, made), totals,
+                 _tallies(columns["snapshot"], rows, work.counts))
