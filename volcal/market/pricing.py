@@ -95,22 +95,34 @@ def fast_erfcx(
 
 # %% ../../nbs/10_market/11_pricing.ipynb #fb6bd1ec
 @njit(**INLINE)
-def _black(f: float, k: float, s: float) -> tuple[float, float, float, float]:
-    """Time value, F phi(d1), N(d1) and N(-d1) for valid f, k and s = iv sqrt(t) >= 0; s = 0 has no time value."""
+def _terms(f: float, k: float, s: float) -> tuple[float, float, float]:
+    """sqrt(2 pi) F phi(d1), d1 and d2 of the side out of the money, for valid f, k and s = iv sqrt(t) >= 0."""
     lo, hi = min(f, k), max(f, k)
     spread = max(s, 1e-100)
-    root = math.sqrt(lo) * math.sqrt(hi)
     h = -fast_log(hi / lo) / spread
-    d1, d2 = h + 0.5 * spread, h - 0.5 * spread
-    e = root * fast_exp(-0.5 * (h * h + 0.25 * spread * spread))
-    q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
-    value = max((-q1 if d1 > 0.0 else q1) - q2 + (lo if d1 > 0.0 else 0.0), 0.0)
-    tail = (q1 if f <= k else q2) / f
+    e = math.sqrt(lo) * math.sqrt(hi) * fast_exp(-0.5 * (h * h + 0.25 * spread * spread))
+    return e, h + 0.5 * spread, h - 0.5 * spread
+
+
+@njit(**INLINE)
+def _both_deltas(f: float, k: float, s: float, d1: float, tail: float) -> tuple[float, float]:
+    """N(d1) and N(-d1) of the call, from F times the smaller."""
+    tail = tail / f
     call_side = (f <= k) & (d1 <= 0.0)  # the tail is N(d1) itself, else N(-d1)
     up, down = (tail if call_side else 1.0 - tail), (1.0 - tail if call_side else tail)
     flat = 0.5 if f == k else (1.0 if f > k else 0.0)
+    return (up, down) if s > 1e-100 else (flat, 1.0 - flat)
+
+
+@njit(**INLINE)
+def _black(f: float, k: float, s: float) -> tuple[float, float, float, float]:
+    """Time value, F phi(d1), N(d1) and N(-d1) for valid f, k and s; s = 0 has no time value."""
+    e, d1, d2 = _terms(f, k, s)
+    q1, q2 = 0.5 * e * fast_erfcx(abs(d1) * SQRT_HALF), 0.5 * e * fast_erfcx(-d2 * SQRT_HALF)
+    value = max((-q1 if d1 > 0.0 else q1) - q2 + (min(f, k) if d1 > 0.0 else 0.0), 0.0)
+    up, down = _both_deltas(f, k, s, d1, q1 if f <= k else q2)
     some = s > 1e-100
-    return (value if some else 0.0), (e * INV_SQRT_2PI if some else 0.0), (up if some else flat), (down if some else 1.0 - flat)
+    return (value if some else 0.0), (e * INV_SQRT_2PI if some else 0.0), up, down
 
 # %% ../../nbs/10_market/11_pricing.ipynb #9b5e999b
 @njit(**INLINE)
@@ -149,7 +161,9 @@ def call_delta_scalar(
     iv: float,  # decimal
 ) -> float:  # N(d1), of a call or of the call at a put's strike
     """Forward delta of the call; 0, 1/2 or 1 where iv sqrt(t) = 0."""
-    delta = _black(f, k, iv * math.sqrt(t))[2]
+    s = iv * math.sqrt(t)
+    e, d1, d2 = _terms(f, k, s)
+    delta, _ = _both_deltas(f, k, s, d1, 0.5 * e * fast_erfcx((abs(d1) if f <= k else -d2) * SQRT_HALF))  # one series, not two
     return delta if _valid(f, k, t, iv) else math.nan
 
 # %% ../../nbs/10_market/11_pricing.ipynb #d5fac24c
@@ -161,7 +175,9 @@ def vega_scalar(
     iv: float,  # decimal
 ) -> float:  # USD per vol point
     """Undiscounted vega; 0 where iv sqrt(t) = 0."""
-    vega = VOL_POINT * _black(f, k, iv * math.sqrt(t))[1] * math.sqrt(t)
+    s = iv * math.sqrt(t)
+    density = _terms(f, k, s)[0] * INV_SQRT_2PI
+    vega = VOL_POINT * (density if s > 1e-100 else 0.0) * math.sqrt(t)
     return vega if _valid(f, k, t, iv) else math.nan
 
 # %% ../../nbs/10_market/11_pricing.ipynb #376a9275
