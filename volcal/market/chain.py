@@ -140,24 +140,24 @@ def read_expiries(
     frame: Mapping[str, Any] | pd.DataFrame,  # raw rows, with an instrument_name each
 ) -> pd.DatetimeIndex:  # (n,) datetime64[ns, UTC]; NaT where the file has none
     """Expiries from `expiry_timestamp`, else from `expiry`; a bare date means 08:00 UTC."""
-    ns = np.full(len(frame["instrument_name"]), NOT_A_TIME)
+    ns = None
     if "expiry_timestamp" in frame:
         stamps = frame["expiry_timestamp"]
         ns = (read_times(stamps) if stamps.dtype.kind == "M" else read_times(read_numbers(stamps))).asi8
-    unknown = ns == NOT_A_TIME
-    if "expiry" in frame and unknown.any():
+    if "expiry" in frame and (ns is None or (ns == NOT_A_TIME).any()):
         dates = frame["expiry"] if frame["expiry"].dtype.kind == "M" else read_texts(frame["expiry"])
-        ns = _first_known(ns, read_times(dates).asi8)
-    return _utc_index(ns)
+        given = _at_expiry_hour(read_times(dates).asi8)
+        ns = given if ns is None else np.where(ns == NOT_A_TIME, given, ns)
+    return _utc_index(np.full(len(frame["instrument_name"]), NOT_A_TIME) if ns is None else ns)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _first_known(ns, given):  # type: ignore[no-untyped-def]
-    out = ns.copy()
+def _at_expiry_hour(given):  # type: ignore[no-untyped-def]
+    """Bare dates at the hour of expiry, times as they are."""
+    out = np.empty_like(given)
     for i in range(out.size):
-        if ns[i] == NOT_A_TIME:
-            bare = given[i] != NOT_A_TIME and given[i] % NS_PER_DAY == 0
-            out[i] = given[i] + (EXPIRY_HOUR_UTC * NS_PER_DAY // 24 if bare else 0)
+        bare = given[i] != NOT_A_TIME and given[i] % NS_PER_DAY == 0
+        out[i] = given[i] + (EXPIRY_HOUR_UTC * NS_PER_DAY // 24 if bare else 0)
     return out
 
 # %% ../../nbs/10_market/13_chain.ipynb #03e4d668
@@ -325,8 +325,8 @@ class _Work(NamedTuple):
     iv_suspect: np.ndarray  # (s,) bool
     quote_suspect: np.ndarray  # (s,) bool
     reason: np.ndarray  # (n,) int8, the Count that dropped the row, 0 none
-    forward: np.ndarray  # (n,)
-    iv: np.ndarray  # (n,)
+    forward: np.ndarray  # (n,) of usable rows
+    iv: np.ndarray  # (n,) of usable rows
     parity: np.ndarray  # (s, e) parity forward
     error: np.ndarray  # (s, e) quoted / parity - 1
     scatter: np.ndarray  # (s, e) spread of parity forwards over strikes, relative
@@ -392,7 +392,7 @@ def _gather_rows(
 def _make_work(rows: _Rows, names: _Names) -> _Work:
     s, n, e = rows.start.size - 1, rows.code.size, int(names.expiry_id.max(initial=-1)) + 1
     return _Work(np.zeros((s, len(Count)), dtype=np.int64), np.zeros(s, dtype=bool), np.zeros(s, dtype=bool), np.zeros(n, dtype=np.int8),
-                 np.full(n, np.nan), np.full(n, np.nan), np.full((s, e), np.nan), np.full((s, e), np.nan), np.zeros((s, e)))
+                 np.empty(n), np.empty(n), np.full((s, e), np.nan), np.full((s, e), np.nan), np.zeros((s, e)))
 
 # %% ../../nbs/10_market/13_chain.ipynb #eb33cd16
 SETTLEMENT_NS = SETTLEMENT_MINUTES * 60 * 1_000_000_000
@@ -718,15 +718,18 @@ def _resolve(rows, names, work, mode, rate):  # type: ignore[no-untyped-def]
 # %% ../../nbs/10_market/13_chain.ipynb #fd2b72a8
 @njit(cache=True, nogil=True, error_model="numpy")
 def _tally(rows, names, work):  # type: ignore[no-untyped-def]
-    """Counts that need each row's final verdict."""
+    """Counts that need each row's final verdict; the usable rows, and the position of the snapshot of each."""
     start, codes, _, _, _, _, quoted, _, mark, _, _, iv, _, _ = rows
     expiry_id, counts, reason, error = names.expiry_id, work.counts, work.reason, work.error
     used = np.full(error.shape[1], -1, dtype=np.int64)
+    keep, snapshot, n = np.empty(codes.size, dtype=np.int64), np.empty(codes.size, dtype=np.int64), 0
     for s in range(start.size - 1):
         c = counts[s]
         for i in range(start[s], start[s + 1]):
             why = reason[i]
             if why == 0:
+                keep[n], snapshot[n] = i, s
+                n += 1
                 c[Count.usable] += 1
                 c[Count.complete_after] += 1
                 e = expiry_id[codes[i]]
@@ -738,18 +741,7 @@ def _tally(rows, names, work):  # type: ignore[no-untyped-def]
                 c[why] += 1
                 if why >= Count.duplicate_instrument:
                     c[Count.complete_after] += math.isfinite(iv[i]) and math.isfinite(mark[i]) and _positive(quoted[i])
-
-# %% ../../nbs/10_market/13_chain.ipynb #f3cf91d9
-@njit(cache=True, nogil=True, error_model="numpy")
-def _usable(start, reason, n):  # type: ignore[no-untyped-def]
-    """The usable rows, and the position of the snapshot of each."""
-    keep, snapshot, j = np.empty(n, dtype=np.int64), np.empty(n, dtype=np.int64), 0
-    for s in range(start.size - 1):
-        for i in range(start[s], start[s + 1]):
-            if reason[i] == 0:
-                keep[j], snapshot[j] = i, s
-                j += 1
-    return keep, snapshot
+    return keep[:n], snapshot[:n]
 
 # %% ../../nbs/10_market/13_chain.ipynb #e07c09ea
 class _Computed(NamedTuple):
@@ -925,8 +917,7 @@ def normalize_chain(
     _parity(rows, names, work, risk_free_rate, _pair_table(names))
     _test_marks(rows, names, work)
     _resolve(rows, names, work, FORWARD_MODES[forward], risk_free_rate)
-    _tally(rows, names, work)
-    keep, snapshot = _usable(rows.start, work.reason, work.counts[:, Count.usable].sum())
+    keep, snapshot = _tally(rows, names, work)
     made = _Computed._make(np.empty((len(_Computed._fields), keep.size)))
     _enrich(keep, snapshot, rows, names, work, risk_free_rate, made)
     _quotes(keep, snapshot, rows, names, work, quotes_tell, quote_iv, risk_free_rate, made)
