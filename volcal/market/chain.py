@@ -302,8 +302,8 @@ class _Names(NamedTuple):
 class _Rows(NamedTuple):
     """The columns of a batch in order of snapshot; IV in decimals."""
 
-    start: np.ndarray  # (s + 1,) first row of each snapshot
-    code: np.ndarray  # (n,) int32 into _Names, -1 none
+    start: np.ndarray  # (s + 1,) uint64, first row of each snapshot
+    code: np.ndarray  # (n,) uint32 into _Names, beyond it where there is none
     time_ns: np.ndarray
     expiry_ns: np.ndarray  # as harvested
     strike: np.ndarray  # as harvested
@@ -383,7 +383,7 @@ def _gather_rows(
     number = {name: read_only(columns[name]) for name in NUMBER_COLUMNS}
     decimal = {name: read_only(number[name] / 100.0) for name in ("mark_iv", "bid_iv", "ask_iv")}
     return _Rows(
-        read_only(start, np.int64), read_only(columns["instrument_name"].codes, np.int32),
+        read_only(start, np.uint64), read_only(columns["instrument_name"].codes, np.int32).view(np.uint32),
         read_only(columns["harvest_time"].asi8, np.int64), read_only(columns["expiry"].asi8, np.int64), number["strike"],
         read_only(_type_signs(columns["option_type"])), number["underlying_price"], number["index_price"], number["mark_price"],
         number["best_bid_price"], number["best_ask_price"], decimal["mark_iv"], decimal["bid_iv"], decimal["ask_iv"])
@@ -433,12 +433,13 @@ def _screen(rows, names, work):  # type: ignore[no-untyped-def]
         for i in range(start[s], start[s + 1]):
             code = codes[i]
             has_expiry, has_strike, has_type = expiry_ns[i] != NOT_A_TIME, math.isfinite(strike[i]), math.isfinite(sign[i])
-            if code >= 0 and readable[code] and not wanted[code]:
+            known = code < readable.size and readable[code]
+            if known and not wanted[code]:
                 reason[i] = Count.dropped_other_asset
                 continue
             core = _positive(quoted[i]) and math.isfinite(mark[i]) and math.isfinite(iv[i])
             c[Count.complete_before] += core and has_expiry and has_type
-            if code < 0 or not readable[code]:
+            if not known:
                 reason[i] = Count.dropped_unparseable_name
                 continue
             c[Count.repaired_from_name] += not (has_expiry and has_strike and has_type)
@@ -636,8 +637,8 @@ def _prices(f, k, t, iv, sign, model):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, error_model="numpy")
 def _test_marks(rows, names, work):  # type: ignore[no-untyped-def]
     codes, mark, linear, expiry_id, counts, parity = rows.code, rows.mark, names.linear, names.expiry_id, work.counts, work.parity
-    n = np.max(np.diff(rows.start)) if rows.start.size > 1 else 0
-    found, columns = np.empty(n, dtype=np.int64), np.empty((6, n))
+    n = np.int64(np.max(np.diff(rows.start))) if rows.start.size > 1 else 0
+    found, columns = np.empty(n, dtype=np.uint64), np.empty((6, n))
     f, k, t, iv, sign, model = columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
     for s in range(rows.start.size - 1):
         m = 0 if work.iv_suspect[s] else _near_money(s, rows, names, work, found, f, k, t, iv, sign)
@@ -722,7 +723,7 @@ def _tally(rows, names, work):  # type: ignore[no-untyped-def]
     start, codes, _, _, _, _, quoted, _, mark, _, _, iv, _, _ = rows
     expiry_id, counts, reason, error = names.expiry_id, work.counts, work.reason, work.error
     used = np.full(error.shape[1], -1, dtype=np.int64)
-    keep, snapshot, n = np.empty(codes.size, dtype=np.int64), np.empty(codes.size, dtype=np.int64), 0
+    keep, snapshot, n = np.empty(codes.size, dtype=np.uint64), np.empty(codes.size, dtype=np.uint64), 0
     for s in range(start.size - 1):
         c = counts[s]
         for i in range(start[s], start[s + 1]):
@@ -849,7 +850,7 @@ def _assemble(
     made: _Computed,
 ) -> LazyColumns:
     """The chain's columns from its parts; arrays are not copied."""
-    at = slice(None) if keep.size == code.size else keep
+    at = slice(None) if keep.size == code.size else keep.view(np.int64)  # numpy indexes by signed numbers
     of = code[at]
     def kind(codes: np.ndarray, *categories: str) -> Any:
         return lambda: pd.Categorical.from_codes(codes.astype(np.int8).take(of), dtype=_category_type(categories), validate=False)
