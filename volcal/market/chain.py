@@ -855,6 +855,7 @@ def _assemble(
     def kind(codes: np.ndarray, *categories: str) -> Any:
         return lambda: pd.Categorical.from_codes(codes.astype(np.int8).take(of), dtype=_category_type(categories), validate=False)
     def kept(column: str) -> Any: return lambda: raw[column][at]
+    def mismatch() -> np.ndarray: return np.abs(error[snapshot, names.expiry_id.take(of)]) > FORWARD_TOLERANCE
     greeks = [name for name in raw if name.startswith("greek_") and not np.isnan(raw[name]).all()]
     return LazyColumns({
         "snapshot": kept("snapshot"), "harvest_time": kept("harvest_time"), "instrument_name": kept("instrument_name"),
@@ -864,7 +865,7 @@ def _assemble(
         "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
         "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
         "log_moneyness": made.log_moneyness, "delta": made.delta, "abs_delta": lambda: np.abs(made.delta), "call_delta": made.call_delta,
-        "vega": made.vega, "forward_mismatch": lambda: np.abs(error[snapshot, names.expiry_id.take(of)]) > FORWARD_TOLERANCE, **{name: kept(name) for name in greeks},
+        "vega": made.vega, "forward_mismatch": mismatch, **{name: kept(name) for name in greeks},
     })
 
 # %% ../../nbs/10_market/13_chain.ipynb #c941bb6f
