@@ -30,7 +30,7 @@ import pyarrow as pa
 import scipy
 
 import volcal
-from .days import CLOCK_TOLERANCE_MINUTES, DayResult, DayTable, DayTask, day_forwards, day_levels, day_prices, day_result
+from .days import CLOCK_TOLERANCE_MINUTES, DayResult, DayTables, DayTask, day_forwards, day_levels, day_prices, day_result
 from .sums import Piece, Plan, Sums
 from ..market.store import SchemaFailure
 from ..units import ConfigError, to_utc
@@ -274,11 +274,12 @@ def _table(parts: list[Any]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
 
 
-def _tabled(kind: str, compute: Callable[[DayTask], DayTable]) -> DayWork:
-    """Work whose outcome is one table."""
+def _tabled(kind: str, compute: Callable[[DayTask], DayTables]) -> DayWork:
+    """Work whose outcome is tables."""
     return DayWork(
-        kind, compute, lambda found, plan: Parts({}, {}, {kind: _table([found.table])}), lambda parts, plan: DayTable(parts.tables[kind], [])
-    )
+        kind, compute, lambda found, plan: Parts({}, {}, {name: _table([table]) for name, table in found.tables.items()}),
+        lambda parts, plan: DayTables(parts.tables, []),
+    )  # fmt: skip
 
 
 PRICES, FORWARDS, LEVELS = _tabled("prices", day_prices), _tabled("forwards", day_forwards), _tabled("levels", day_levels)

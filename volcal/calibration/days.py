@@ -22,10 +22,11 @@ from .sums import Plan, Sums, chain_sums, columns_needed, empty_sums
 from ..market.chain import Chain, normalize_chain, read_times
 from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, group_by_day, harvested_within
 from ..units import NO_TIME_NS, StoreError
+from ..vol.realized import MIN_INDEX_SHARE, index_share
 from ..vol.sensors import LEVELS, SENSOR_COLUMNS, chain_levels, forward_levels, index_levels
 
 # %% auto #0
-__all__ = ['CLOCK_TOLERANCE_MINUTES', 'DayTask', 'DayResult', 'split_days', 'read_day', 'day_chain', 'day_result', 'DayTable',
+__all__ = ['CLOCK_TOLERANCE_MINUTES', 'DayTask', 'DayResult', 'split_days', 'read_day', 'day_chain', 'day_result', 'DayTables',
            'day_prices', 'day_forwards', 'day_levels']
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #e9eee2cb
@@ -107,7 +108,8 @@ def _rows_of_day(batch: RawBatch, harvest: HarvestConfig) -> tuple[np.ndarray, C
     named = np.array([ref.time.value for ref in batch.refs], dtype=np.int64)
     _believable(time_ns, np.asarray(batch.columns["snapshot"]), named, CLOCK_TOLERANCE_MINUTES * 60e9, dated)
     keep = dated & harvested_within(time_ns, harvest.start_time, harvest.end_time)
-    return keep, Counter({"clock_disagrees": len(batch) - int(dated.sum()), "harvested_outside_window": int(dated.sum() - keep.sum())})
+    believed, kept = np.count_nonzero(dated), np.count_nonzero(keep)
+    return keep, Counter({"clock_disagrees": len(batch) - believed, "harvested_outside_window": believed - kept})
 
 
 def _only(columns: Mapping[str, Any] | pd.DataFrame, keep: np.ndarray) -> Mapping[str, Any] | pd.DataFrame:
@@ -147,34 +149,47 @@ def day_result(task: DayTask) -> DayResult:
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #8245ab47
 @dataclass(frozen=True)
-class DayTable:
-    """What a day gave, where that is one table."""
+class DayTables:
+    """What a day gave, where that is tables."""
 
-    table: Any  # an Arrow table or a frame
+    tables: dict[str, Any]  # Arrow tables or frames
     failures: list[SchemaFailure]
 
 
-def _day_levels_of(how: Callable[[Any], pa.Table], task: DayTask, columns: list[str]) -> DayTable:
+def _price_rows(task: DayTask, columns: list[str]) -> tuple[Mapping[str, Any] | pd.DataFrame, list[SchemaFailure]]:
+    """Columns of a day's rows that count, without normalising it; and what failed."""
     harvest = task.plan.config.harvest
     assert harvest is not None
     batch = read_day(task, ["harvest_time", *columns], only=task.refs[0].asset)
-    return DayTable(how(_only(batch.columns, _rows_of_day(batch, harvest)[0])), batch.failures)
+    return _only(batch.columns, _rows_of_day(batch, harvest)[0]), batch.failures
 
 
-def day_prices(task: DayTask) -> DayTable:  # one row per snapshot: time, index_price
-    """Index price of each snapshot of a day, without normalising it."""
-    return _day_levels_of(index_levels, task, ["index_price"])
+def _read_apart(task: DayTask, both: bool) -> DayTables:
+    rows, failures = _price_rows(task, ["index_price"])
+    index = index_levels(rows)
+    if not both and index_share(index["index_price"]) >= MIN_INDEX_SHARE:
+        return DayTables({"index": index}, failures)
+    rows, more = _price_rows(task, ["expiry", "underlying_price"])
+    return DayTables({"index": index, "forwards": forward_levels(rows)}, failures + more)
+
+# %% ../../nbs/30_calibration/36b_days.ipynb #a6615b63
+def day_prices(task: DayTask) -> DayTables:  # index, one row per snapshot: time, index_price; and forwards, as of `day_forwards`
+    """Index price of each snapshot of a day, and its forwards where too few have one."""
+    return _read_apart(task, both=False)
 
 
-def day_forwards(task: DayTask) -> DayTable:  # one row per snapshot and expiry: time_ns, expiry_ns, forward
-    """Forwards of each snapshot of a day, without normalising it."""
-    return _day_levels_of(forward_levels, task, ["expiry", "underlying_price"])
+def day_forwards(task: DayTask) -> DayTables:  # index, as of `day_prices`; forwards, one row per snapshot and expiry: time_ns, expiry_ns, forward
+    """Index price and forwards of each snapshot of a day, from one read of it."""
+    rows, failures = _price_rows(task, ["index_price", "expiry", "underlying_price"])
+    if any(failure.reason == "unreadable" for failure in failures):  # index prices may lie beside forwards that are spoilt
+        return _read_apart(task, both=True)
+    return DayTables({"index": index_levels(rows), "forwards": forward_levels(rows)}, failures)
 
 # %% ../../nbs/30_calibration/36b_days.ipynb #6a77e5d2
-def day_levels(task: DayTask) -> DayTable:  # one row per snapshot: `LEVELS`
+def day_levels(task: DayTask) -> DayTables:  # levels, one row per snapshot: `LEVELS`
     """What sensors need of each snapshot of a day; snapshots that cannot be read or dated are left out."""
     batch = read_day(task, SENSOR_COLUMNS)
     if not len(batch):
-        return DayTable(pd.DataFrame({name: [] for name in LEVELS}), batch.failures)
+        return DayTables({"levels": pd.DataFrame({name: [] for name in LEVELS})}, batch.failures)
     levels, _ = chain_levels(day_chain(task, batch)[0])
-    return DayTable(levels[levels["time"].notna()].reset_index(drop=True), batch.failures)
+    return DayTables({"levels": levels[levels["time"].notna()].reset_index(drop=True)}, batch.failures)

@@ -28,11 +28,11 @@ from .executors import run_days
 from .result import CalibrationResult
 from .sums import Plan, Sums, add_sums, empty_sums, make_plan, stacked
 from ..market.quality import DataQuality, assess_window
-from ..market.store import SchemaFailure, SnapshotRef, Store, select_snapshots
+from ..market.store import RawBatch, SchemaFailure, SnapshotRef, Store, select_snapshots
 from ..units import ConfigError, NoUsableDataError, epoch_ns, to_utc
 from ..vol.realized import MIN_INDEX_SHARE, PriceSeries, RealizedVol, choose_price_series, index_share, load_price_history, realized_vol
 from ..vol.regimes import RegimeModel, load_regime_model
-from ..vol.sensors import HarvestLevels, harvest_prices, timeline_sensors
+from ..vol.sensors import HarvestLevels, harvest_prices, index_levels, timeline_sensors
 
 log = logging.getLogger("volcal.historical")
 
@@ -89,12 +89,25 @@ def _plain_tasks(refs: list[SnapshotRef], config: CalibrationConfig) -> list[Day
     return split_days(refs, config.harvest.data_root, np.zeros(len(refs)), None, make_plan(config))
 
 
+def _three(store: Store, refs: list[SnapshotRef], columns: list[str]) -> RawBatch:
+    """Some columns of three snapshots of a window, for what is guessed before it is read."""
+    return store.read_batch([refs[0], refs[len(refs) // 2], refs[-1]], columns)
+
+
+def _index_serves(levels: Any) -> bool:
+    """Whether enough of the snapshots have an index price."""
+    return len(levels) > 0 and index_share(levels["index_price"]) >= MIN_INDEX_SHARE
+
+# %% ../../nbs/30_calibration/37_historical.ipynb #2baddcda
 def snapshot_prices(refs: list[SnapshotRef], config: CalibrationConfig, crew: Crew) -> HarvestLevels:
     """Index price of each snapshot; and its forwards, where too few have one."""
     tasks = _plain_tasks(refs, config)
-    levels = stacked([day.table for day in crew.map(PRICES, tasks)])
-    serves = len(levels) > 0 and index_share(levels["index_price"]) >= MIN_INDEX_SHARE
-    forwards = pd.DataFrame() if serves else stacked([day.table for day in crew.map(FORWARDS, tasks)])
+    guess = _index_serves(index_levels(_three(Store(tasks[0].root), refs, ["harvest_time", "index_price"]).columns))
+    days = [day.tables for day in crew.map(PRICES if guess else FORWARDS, tasks)]
+    levels, forwards = stacked([day["index"] for day in days]), pd.DataFrame()
+    if not _index_serves(levels):
+        later = iter([day.tables["forwards"] for day in crew.map(FORWARDS, [task for task, day in zip(tasks, days) if "forwards" not in day])])
+        forwards = stacked([day["forwards"] if "forwards" in day else next(later) for day in days])
     none = pd.DataFrame({"time": pd.DatetimeIndex([], tz="UTC"), "index_price": []})
     return HarvestLevels(levels if len(levels) else none, forwards if len(forwards) else pd.DataFrame({n: [] for n in ("time_ns", "expiry_ns", "forward")}))
 
@@ -143,7 +156,7 @@ def _boundary(refs: list[SnapshotRef], fraction: float) -> pd.Timestamp | None:
 # %% ../../nbs/30_calibration/37_historical.ipynb #2f314fb9
 def _expected_rows(store: Store, refs: list[SnapshotRef], config: CalibrationConfig) -> int:
     """Twice the rows that count by three snapshots of the window, which leaves room for busier ones; for the sampling thresholds."""
-    batch = store.read_batch([refs[0], refs[len(refs) // 2], refs[-1]], columns=["harvest_time", "expiry"])
+    batch = _three(store, refs, ["harvest_time", "expiry"])
     dte = (batch.frame["expiry"] - batch.frame["harvest_time"]).dt.total_seconds().to_numpy() / 86_400
     bands = config.bands or [] if config.multiplier_method == "min_mae" else []
     ranges = [(config.min_dte, config.max_dte), *((band.min_dte, band.max_dte) for band in bands)]
@@ -198,7 +211,7 @@ def window_regimes(
     if not config.regimes or config.harvest is None:
         return None
     model, labels = labelling_model(config.regimes, refs[0].asset), np.full(len(refs), -1)
-    levels = stacked([day.table for day in (crew or Crew()).map(LEVELS, _plain_tasks(refs, config))])
+    levels = stacked([day.tables["levels"] for day in (crew or Crew()).map(LEVELS, _plain_tasks(refs, config))])
     if len(levels):
         levels = levels.sort_values("time", kind="stable", ignore_index=True)
         table = timeline_sensors(levels, series, store, refs[0].asset, config.harvest.price_history)

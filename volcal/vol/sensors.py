@@ -658,6 +658,20 @@ def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
     return found
 
 # %% ../../nbs/20_vol/22_sensors.ipynb #07c37a74
+@njit(cache=True, nogil=True, error_model="numpy")
+def _snapshot_runs(snapshot, time_ns, start, last):
+    """First row and latest time of each snapshot, whose rows stand together, into `start`, which ends with how many rows there are, and `last`; how many."""
+    found = 0
+    for i in range(len(snapshot)):
+        if i == 0 or snapshot[i] != snapshot[i - 1]:
+            start[found], last[found] = i, time_ns[i]
+            found += 1
+        else:
+            last[found - 1] = max(last[found - 1], time_ns[i])
+    start[found] = len(snapshot)
+    return found
+
+
 def _dated_rows(
     columns: Mapping[str, Any] | pd.DataFrame, *names: str
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:  # (snapshots,) int64 times, (snapshots + 1,) first rows, and the columns (n,)
@@ -666,10 +680,10 @@ def _dated_rows(
     dated = time_ns != NO_TIME_NS
     at = slice(None) if dated.all() else dated
     time_ns, snapshot = time_ns[at], np.asarray(columns["snapshot"])[at]
-    first = np.flatnonzero(np.diff(snapshot, prepend=-1))
-    last = np.maximum.reduceat(time_ns, first) if len(first) else time_ns
+    start, last = np.empty(len(time_ns) + 1, dtype=np.int64), np.empty(len(time_ns), dtype=np.int64)
+    found = _snapshot_runs(snapshot, time_ns, start, last)
     values = [pd.DatetimeIndex(columns[name]).asi8 if name == "expiry" else np.asarray(columns[name]) for name in names]
-    return last, np.append(first, len(time_ns)), [one[at] for one in values]
+    return last[:found].copy(), start[: found + 1], [one[at] for one in values]
 
 
 def index_levels(
