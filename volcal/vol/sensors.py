@@ -312,7 +312,7 @@ def call_sign(
     columns: Mapping[str, Any],  # of a chain, whose option types are C and P
 ) -> np.ndarray:  # (n,) +1 call, -1 put
     """Option types as numbers."""
-    return np.array([1.0, -1.0])[columns["option_type"].codes]
+    return np.where(columns["option_type"].codes == 0, 1.0, -1.0)
 
 
 def snapshot_position(
@@ -335,22 +335,37 @@ class ExpiryGroups(NamedTuple):
     sign: np.ndarray  # (n,) +1 call, -1 put
 
 
-def _expiry_numbers(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) number of each row's expiry in order of time, and the expiries. A name has one expiry, and names are few."""
+@njit(cache=True, nogil=True, error_model="numpy")
+def _keep_last(place, value, out):
+    """The last value of each place into `out`."""
+    for i in range(value.size):
+        out[place[i]] = value[i]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _number_rows(snapshot, name, number_of_name, expiries, group, number):
+    for i in range(snapshot.size):
+        number[i] = number_of_name[name[i]]
+        group[i] = snapshot[i] * expiries + number[i]
+
+
+def _name_expiries(columns: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(names,) number of each name's expiry in order of time, and the expiries. A name has one expiry, and names are few."""
     names, of_name = columns["instrument_name"], np.full(len(columns["instrument_name"].categories), NO_TIME_NS)
-    of_name[names.codes] = columns["expiry"].asi8
+    _keep_last(names.codes, columns["expiry"].asi8, of_name)
     expiries, number = np.unique(of_name, return_inverse=True)
     unused = int(expiries[0] == NO_TIME_NS)
-    return (number - unused)[names.codes], expiries[unused:]
+    return number - unused, expiries[unused:]
 
-
+# %% ../../nbs/20_vol/22_sensors.ipynb #344dbc14
 def expiry_groups(
     columns: Mapping[str, Any],  # of a chain, not empty
 ) -> ExpiryGroups:
     """Group the rows by snapshot and expiry."""
-    number, expiries = _expiry_numbers(columns)
-    snapshot = columns["snapshot"]
-    group, total = snapshot.astype(np.int64) * len(expiries) + number, (int(snapshot[-1]) + 1) * len(expiries)
+    number_of_name, expiries = _name_expiries(columns)
+    snapshot, total = columns["snapshot"], (int(columns["snapshot"][-1]) + 1) * len(expiries)
+    group, number = np.empty(len(snapshot), dtype=np.int64), np.empty(len(snapshot), dtype=np.int64)
+    _number_rows(snapshot, columns["instrument_name"].codes, number_of_name, len(expiries), group, number)
     atm = atm_by_group(group, total, columns["log_moneyness"], columns["mark_iv"])
     return ExpiryGroups(group, number, expiries, total, atm, call_sign(columns))
 
@@ -360,7 +375,8 @@ def expiry_table(columns: Mapping[str, Any], groups: ExpiryGroups) -> dict[str, 
     group, _, expiry_ns, total, atm, sign = groups
     wings = delta_iv(group, total, columns["call_delta"], columns["mark_iv"], sign, (0.25, 0.75)).iv
     t, forward = np.full(total, np.nan), np.full(total, np.nan)
-    t[group], forward[group] = columns["t"], columns["forward"]
+    _keep_last(group, columns["t"], t)
+    _keep_last(group, columns["forward"], forward)
     there = np.flatnonzero(np.isfinite(t))
     call, put = np.where(np.isfinite(wings).all(axis=1, keepdims=True), wings, np.nan)[there].T
     return {"snapshot": there // len(expiry_ns), "expiry_ns": expiry_ns[there % len(expiry_ns)], "t": t[there], "forward": forward[there],
@@ -637,6 +653,19 @@ def _index_medians(start, index_price, index):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def _median(values):
+    """The median. Forwards of an expiry are few, read again and again: one of the first values mostly is it, which counting shows."""
+    for p in values[:4]:
+        below = up_to = 0
+        for q in values:
+            below += q < p
+            up_to += q <= p
+        if below <= (len(values) - 1) // 2 and up_to > len(values) // 2:
+            return p
+    return np.median(values)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
     """Medians of each snapshot and expiry into the first so many of `of`, `expiry`, `middle`; how many. Rows are in order of snapshot."""
     found, ends, code = 0, np.empty(len(forward), dtype=np.int64), np.empty(len(forward), dtype=np.int64)
@@ -653,7 +682,7 @@ def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
                 values[at[code[i]]] = forward[lo + i]
                 at[code[i]] += 1
         for j in np.argsort(ends[:k]):
-            of[found], expiry[found], middle[found] = s, ends[j], np.median(values[fill[j] : fill[j + 1]])
+            of[found], expiry[found], middle[found] = s, ends[j], _median(values[fill[j] : fill[j + 1]])
             found += 1
     return found
 
@@ -666,8 +695,8 @@ def _snapshot_runs(snapshot, time_ns, start, last):
         if i == 0 or snapshot[i] != snapshot[i - 1]:
             start[found], last[found] = i, time_ns[i]
             found += 1
-        else:
-            last[found - 1] = max(last[found - 1], time_ns[i])
+        elif time_ns[i] > last[found - 1]:
+            last[found - 1] = time_ns[i]
     start[found] = len(snapshot)
     return found
 

@@ -78,6 +78,20 @@ def _nearest_strikes(group, n_groups, k, iv, same):
             sums[g, side, 1] += iv[i]
     return np.where(count > 0, sums[:, :, 0] / count, np.inf), sums[:, :, 1] / count
 
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _between_strikes(away, iv, near, atm, reason):
+    """At-the-money volatility and `AtmReason` of each group."""
+    for g in range(len(atm)):
+        below, above = away[g]
+        if np.isfinite(below) and np.isfinite(above):
+            share = below / (below + above) if below + above > 0.0 else 0.5
+            atm[g], reason[g] = (1.0 - share) * iv[g, 0] + share * iv[g, 1], 0
+        elif min(below, above) <= near:
+            atm[g], reason[g] = iv[g, 0] if below <= above else iv[g, 1], 1
+        else:
+            atm[g], reason[g] = np.nan, 2 if np.isfinite(min(below, above)) else 3
+
 # %% ../../nbs/20_vol/21_smile.ipynb #2a9b80ea
 def atm_iv(
     group: Any,  # (n,) int, number of the row's expiry within its snapshot, 0 .. n_groups - 1; others are ignored
@@ -89,13 +103,9 @@ def atm_iv(
     """Mark volatility at K = F, linear in ln(K/F) between the nearest strikes of calls and puts."""
     k, marks = _columns(log_moneyness, mark_iv)
     away, iv = _nearest_strikes(_groups(group, len(k)), n_groups, k, marks, _SAME_STRIKE)
-    below, above = away[:, 0], away[:, 1]
-    both, nearest = np.isfinite(below) & np.isfinite(above), np.minimum(below, above)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(both & (below + above > 0), below / (below + above), 0.5)
-        between = (1.0 - share) * iv[:, 0] + share * iv[:, 1]
-    reason = np.select([both, nearest <= near, np.isfinite(nearest)], [0, 1, 2], 3).astype(np.int8)
-    return AtmIv(np.select([both, nearest <= near], [between, np.where(below <= above, iv[:, 0], iv[:, 1])], np.nan), reason, -below, above)
+    atm, reason = np.empty(n_groups), np.empty(n_groups, dtype=np.int8)
+    _between_strikes(away, iv, near, atm, reason)
+    return AtmIv(atm, reason, -away[:, 0], away[:, 1])
 
 # %% ../../nbs/20_vol/21_smile.ipynb #20454356
 def atm_by_group(
@@ -131,13 +141,31 @@ def _bracket_delta(group, c, iv, sign, targets, edge, edge_iv):
         g = group[i]
         if g < 0 or g >= len(edge) or not (c[i] > 0.0 and c[i] < 1.0 and iv[i] > 0.0 and np.isfinite(iv[i])):
             continue
-        otm = (c[i] <= 0.5) == (sign[i] > 0.0)
+        first = 0 if (c[i] <= 0.5) == (sign[i] > 0.0) else 1
         for j in range(len(targets)):
-            for s in range(0 if otm else 1, 2):
-                if c[i] <= targets[j] and c[i] > edge[g, j, s, 0]:
-                    edge[g, j, s, 0], edge_iv[g, j, s, 0] = c[i], iv[i]
-                if c[i] >= targets[j] and c[i] < edge[g, j, s, 1]:
-                    edge[g, j, s, 1], edge_iv[g, j, s, 1] = c[i], iv[i]
+            for s in range(first, 2):  # of all options one is at least as near as of those out of the money
+                if c[i] > targets[j] or c[i] <= edge[g, j, s, 0]:
+                    break
+                edge[g, j, s, 0], edge_iv[g, j, s, 0] = c[i], iv[i]
+            for s in range(first, 2):
+                if c[i] < targets[j] or c[i] >= edge[g, j, s, 1]:
+                    break
+                edge[g, j, s, 1], edge_iv[g, j, s, 1] = c[i], iv[i]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _between_deltas(targets, edge, edge_iv, iv, reason):
+    """Volatility at each target and its `DeltaReason`: of options out of the money, else of all."""
+    for g in range(len(edge)):
+        for j in range(len(targets)):
+            reason[g, j] = 2
+            for s in range(2):
+                low, high = edge[g, j, s]
+                share = (targets[j] - low) / (high - low) if high > low else 0.0
+                iv[g, j] = edge_iv[g, j, s, 0] + share * (edge_iv[g, j, s, 1] - edge_iv[g, j, s, 0]) if np.isfinite(high - low) else np.nan
+                if np.isfinite(iv[g, j]):
+                    reason[g, j] = s
+                    break
 
 # %% ../../nbs/20_vol/21_smile.ipynb #e679399d
 def delta_iv(
@@ -153,13 +181,9 @@ def delta_iv(
     edge = np.full((n_groups, len(wanted), 2, 2), [-np.inf, np.inf])
     edge_iv = np.full(edge.shape, np.nan)
     _bracket_delta(_groups(group, len(c)), c, marks, signs, wanted, edge, edge_iv)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        width = edge[..., 1] - edge[..., 0]
-        u = np.where(width > 0.0, (wanted[:, None] - edge[..., 0]) / width, 0.0)
-        iv = np.where(np.isfinite(width), edge_iv[..., 0] + u * (edge_iv[..., 1] - edge_iv[..., 0]), np.nan)
-    known = np.isfinite(iv)
-    reason = np.select([known[..., 0], known[..., 1]], [0, 1], 2).astype(np.int8)
-    return DeltaIv(np.where(known[..., 0], iv[..., 0], iv[..., 1]), reason)
+    iv, reason = np.empty(edge.shape[:2]), np.empty(edge.shape[:2], dtype=np.int8)
+    _between_deltas(wanted, edge, edge_iv, iv, reason)
+    return DeltaIv(iv, reason)
 
 # %% ../../nbs/20_vol/21_smile.ipynb #c21ca339
 class MaturityFlag(IntEnum):
