@@ -18,6 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from test_historical import ASSETS, FULL, START, differences, same, snapshot, write_harvest, write_raw
 from typer.testing import CliRunner
@@ -321,10 +322,14 @@ def test_a_longer_window_keeps_fewer_rows_of_a_cached_day(
     assert same(calibrate(harvest, cache=place, harvest=short, **FULL), calibrate(harvest, harvest=short, **FULL))
 
 
-def test_prices_and_sensors_of_known_days_are_not_read_again(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without candles and with a regime model a run reads the window three times; a warm one only its probe."""
+@pytest.mark.parametrize("source", ["index_price", "nearest_forward"])
+def test_prices_and_sensors_of_known_days_are_not_read_again(tmp_path: Path, place: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without candles and with a regime model a run reads the window three times, with index prices or without; a warm one only its two probes."""
     root = tmp_path / "bare"
     write_harvest(root, number=4 * DAYS, every="6h", candles=False)
+    if source == "nearest_forward":
+        for path in root.rglob("BTC_*.parquet"):
+            pq.write_table(pq.read_table(path).drop_columns("index_price"), path)
     table = harvest_sensor_table(Store(root), "BTC").frame
     RegimeModel.fit(table, features=("iv_7d", "iv_30d"), k=2, provenance={"asset": "BTC"}).to_json(tmp_path / "model.json")
     config = {"regimes": str(tmp_path / "model.json"), "rv_window_days": 1, "min_rv_n_eff": 2}
@@ -332,9 +337,9 @@ def test_prices_and_sensors_of_known_days_are_not_read_again(tmp_path: Path, pla
     batch = Store.read_batch
     monkeypatch.setattr(Store, "read_batch", lambda self, refs, *more, **named: read.append(1) or batch(self, refs, *more, **named))
     off, cold, warm = calibrate(root, **config), calibrate(root, cache=place, **config), len(read)
-    assert warm == 2 * (3 * DAYS + 1)
+    assert warm == 2 * (3 * DAYS + 2)
     assert same(off, cold) and same(off, calibrate(root, cache=place, **config))
-    assert len(read) == warm + 1 and len(off.environment_summary) == 2 and off.rv_source == "index_price"
+    assert len(read) == warm + 2 and len(off.environment_summary) == 2 and off.rv_source == source
 
 
 def test_the_cache_stays_in_its_bound(harvest: Path, place: Path) -> None:
