@@ -380,9 +380,9 @@ class _Columns(NamedTuple):
     term: np.ndarray  # multiplier of the surface at each row's days
     linear: np.ndarray  # int8
     member: np.ndarray  # int64
-    place: np.ndarray  # int32, its snapshot
-    group: np.ndarray  # int64, its snapshot and expiry
-    number: np.ndarray  # int64, its expiry
+    place: np.ndarray  # uint32, its snapshot; without a sign, numba need not ask whether it counts from the end
+    group: np.ndarray  # uint64, its snapshot and expiry
+    number: np.ndarray  # uint64, its expiry
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #7193573e
 class _Shared(NamedTuple):
@@ -508,8 +508,9 @@ def _loop_columns(chain: Chain, ready: Prepared, plan: Plan) -> _Columns:
     columns, groups = chain.columns, ready.groups
     given = [read_only(columns[name]) for name in _Columns._fields[:10]]
     term, linear = read_only(term_multiplier(plan.surface, columns["dte"])), read_only(columns["settlement"].codes, np.int8)
-    whole = [read_only(values, np.int64) for values in (groups.group, groups.number)]
-    return _Columns._make([*given, read_only(ready.sign), term, linear, read_only(ready.member, np.int64), read_only(ready.place, np.int32), *whole])
+    whole = [read_only(values, np.int64).view(np.uint64) for values in (groups.group, groups.number)]
+    place = read_only(ready.place, np.int32).view(np.uint32)
+    return _Columns._make([*given, read_only(ready.sign), term, linear, read_only(ready.member, np.int64), place, *whole])
 
 
 def _loop_scratch() -> _Scratch:
@@ -548,7 +549,7 @@ def chain_sums(
     rv, regime = np.asarray(rv, dtype=np.float64), np.full(len(rv), -1) if regime is None else np.asarray(regime, dtype=np.int64)
     shared = _Shared(rv, regime, ready.groups.atm, _weekdays(ready.groups))
     used, missing = np.zeros(rv.size, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    some, columns, rules = np.flatnonzero(ready.member), _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
+    some, columns, rules = np.flatnonzero(ready.member).view(np.uint64), _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
     cells, sums = no_cells(rules.labels), _cell_sums(out)
     _add_rows(some, columns, shared, rules, _loop_scratch(), cells, sums, out.groups, out.positions, out.position_rv, used, missing)
     out.counts = ready.counts + Counter({"rows_without_trusted_rv": int(missing[0]), "rows_without_atm": int(missing[1])})
