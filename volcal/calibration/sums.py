@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -251,9 +252,11 @@ def _leave_out(member, sample, kept):
     return left
 
 
-def _thin(member: np.ndarray, caps: list[int | None], snapshot: np.ndarray, stratum: np.ndarray, keys: np.ndarray) -> int:
+def _thin(member: np.ndarray, caps: list[int | None], snapshot: np.ndarray, groups: ExpiryGroups, keys: np.ndarray) -> int:
     """Take the rows beyond each sample's cap out of it; how many of the first one's."""
-    some, left = np.flatnonzero(member) if any(caps) else np.zeros(0, dtype=np.int64), [0] * len(caps)
+    if not any(caps):
+        return 0
+    some, left, stratum = np.flatnonzero(member), [0] * len(caps), groups.group * 2 + (groups.sign < 0)
     order = some[strata_order(stratum[some], keys[some])]
     for bit, cap in enumerate(caps):
         if cap:
@@ -277,7 +280,7 @@ def prepare(chain: Chain, plan: Plan) -> Prepared | None:  # None where no row c
     types = np.array([kind in config.option_types for kind in ("C", "P")])
     member, excluded, dropped = np.empty(sign.size, dtype=np.int64), np.zeros(2, dtype=np.int64), np.zeros(len(rules), dtype=np.int64)
     _memberships(columns["dte"], sign, types, first, place, whole, low, high, member, excluded, dropped)
-    not_sampled = _thin(member, [cap for _, _, cap in ranges.values()], columns["snapshot"], groups.group * 2 + (sign < 0), keys)
+    not_sampled = _thin(member, [cap for _, _, cap in ranges.values()], columns["snapshot"], groups, keys)
     counts = Counter({"outside_dte_ranges": int(excluded[0]), "option_type_not_used": int(excluded[1]), "not_sampled": not_sampled})
     samples = {name: bit for bit, name in enumerate([*ranges, "ladder"])}
     return Prepared(member, samples, place, sign, keys, groups, counts, Counter(dict(zip(rules, dropped.tolist()))))
@@ -443,18 +446,16 @@ def _fill_block(some, columns, shared, rules, scratch, used, missing):
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #a826394a
 class _CellSums(NamedTuple):
-    """Sums of each cell, and what is not apart by groups."""
+    """Sums of each cell."""
 
     groups: np.ndarray  # (MANY_CELLS, len(SUM_COLUMNS))
     positions: np.ndarray  # (MANY_CELLS, POSITIONS)
     position_rv: np.ndarray  # (MANY_CELLS,)
-    moments: np.ndarray  # as `Sums`
-    histogram: np.ndarray  # as `Sums`
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _add_block(n, rules, scratch, cells, sums):
-    """Add a filled block to its cells."""
+def _add_block(n, rules, scratch, cells, sums, moments, histogram):
+    """Add a filled block to its cells, and to what is not apart by groups."""
     table, _, skewed, (low, high), deltas, ratios, _, anchors, _ = rules
     given, x, whole, flags, buckets, cell = scratch
     mark, mark_iv, forward, strike, t, dte = given[0][:n], given[1][:n], given[2][:n], given[3][:n], given[4][:n], given[5][:n]
@@ -469,8 +470,8 @@ def _add_block(n, rules, scratch, cells, sums):
     cell_numbers(table, cells, sign, whole[0][:n], whole[1][:n], dte, abs_delta, whole[2][:n], buckets, cell[:n, 0])
     accumulate(cell[:n], pct, ive, price, vega, bid, ask, mark_iv, iv, rv, atm, forward, sums.groups)
     position_sums(cell[:n], flags[1][:n], flags[0][:n], not skewed, delta, mark_iv, atm, t, vega, rv, sums.positions, sums.position_rv)
-    anchor_moments(flags[2][:n], delta, mark_iv, atm, vega, anchors, sums.moments)
-    add_to_histogram(pct, flags[3][:n], sums.histogram)
+    anchor_moments(flags[2][:n], delta, mark_iv, atm, vega, anchors, moments)
+    add_to_histogram(pct, flags[3][:n], histogram)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #250a9a9d
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -493,14 +494,14 @@ def _add_cells(cells, sums, groups, positions, position_rv):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _add_rows(some, columns, shared, rules, scratch, cells, sums, groups, positions, position_rv, used, missing):
+def _add_rows(some, columns, shared, rules, scratch, cells, sums, groups, positions, position_rv, moments, histogram, used, missing):
     """Add some rows to every sum."""
     for start in range(0, some.size, BLOCK):
         block = some[start : start + BLOCK]
         if cells.used[0] + block.size > MANY_CELLS:
             _add_cells(cells, sums, groups, positions, position_rv)
         _fill_block(block, columns, shared, rules, scratch, used, missing)
-        _add_block(block.size, rules, scratch, cells, sums)
+        _add_block(block.size, rules, scratch, cells, sums, moments, histogram)
     _add_cells(cells, sums, groups, positions, position_rv)
 
 # %% ../../nbs/30_calibration/35b_sums.ipynb #346ea404
@@ -518,9 +519,14 @@ def _loop_scratch() -> _Scratch:
     return _Scratch(np.empty((11, BLOCK)), np.empty((9, BLOCK)), whole, flags, np.empty((3, BLOCK), dtype=np.int32), np.empty((BLOCK, 1), dtype=np.int32))
 
 
-def _cell_sums(out: Sums) -> _CellSums:
-    """Room for the cells of a chain; memory that no cell needs is never touched."""
-    return _CellSums(np.zeros((MANY_CELLS, len(COL))), np.zeros((MANY_CELLS, POSITIONS)), np.zeros(MANY_CELLS), out.moments, out.histogram)
+_KEPT = threading.local()
+
+
+def _cell_sums() -> _CellSums:
+    """Room for the cells of a chain. Each thread keeps its own, which every chain leaves empty: to clear so much anew would take longer than to use it."""
+    if not hasattr(_KEPT, "room"):
+        _KEPT.room = _CellSums(np.zeros((MANY_CELLS, len(COL))), np.zeros((MANY_CELLS, POSITIONS)), np.zeros(MANY_CELLS))
+    return _KEPT.room
 
 
 def _loop_rules(plan: Plan, samples: dict[str, int]) -> _Rules:
@@ -550,8 +556,8 @@ def chain_sums(
     shared = _Shared(rv, regime, ready.groups.atm, _weekdays(ready.groups))
     used, missing = np.zeros(rv.size, dtype=np.int64), np.zeros(2, dtype=np.int64)
     some, columns, rules = np.flatnonzero(ready.member).view(np.uint64), _loop_columns(chain, ready, plan), _loop_rules(plan, ready.samples)
-    cells, sums = no_cells(rules.labels), _cell_sums(out)
-    _add_rows(some, columns, shared, rules, _loop_scratch(), cells, sums, out.groups, out.positions, out.position_rv, used, missing)
+    totals = (out.groups, out.positions, out.position_rv, out.moments, out.histogram)
+    _add_rows(some, columns, shared, rules, _loop_scratch(), no_cells(rules.labels), _cell_sums(), *totals, used, missing)
     out.counts = ready.counts + Counter({"rows_without_trusted_rv": int(missing[0]), "rows_without_atm": int(missing[1])})
     out.liquidity, out.histogram = ready.liquidity, out.histogram.astype(np.int32)  # half as much to send and to keep
     out.rows = [_sample_rows(chain, ready, plan, rv, regime)]

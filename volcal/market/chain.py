@@ -752,30 +752,29 @@ class _Computed(NamedTuple):
     mark_usd: np.ndarray
     mark_iv: np.ndarray
     log_moneyness: np.ndarray
-    delta: np.ndarray
     call_delta: np.ndarray
     vega: np.ndarray
     bid: np.ndarray
     ask: np.ndarray
-    bid_iv: np.ndarray
+    bid_iv: np.ndarray  # filled where there can be one
     ask_iv: np.ndarray
 
 # %% ../../nbs/10_market/13_chain.ipynb #a18b9e99
 @njit(cache=True, nogil=True, error_model="numpy")
-def _greeks(f, k, t, iv, log_moneyness, call_delta, delta, vega):  # type: ignore[no-untyped-def]
-    """Delta holds 0 for calls and -1 for puts, vega the discount factor; a loop without branches."""
+def _greeks(f, k, t, iv, log_moneyness, call_delta, vega):  # type: ignore[no-untyped-def]
+    """Vega holds the discount factor; a loop without branches."""
     for j in range(f.size):
         fj, kj, tj, vj = f[j], k[j], t[j], iv[j]  # read before anything is written, so that both greeks share their work
         up, slope = call_delta_scalar(fj, kj, tj, vj), vega_scalar(fj, kj, tj, vj)
-        log_moneyness[j], call_delta[j], delta[j], vega[j] = fast_log(kj / fj), up, delta[j] + up, vega[j] * slope
+        log_moneyness[j], call_delta[j], vega[j] = fast_log(kj / fj), up, vega[j] * slope
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
     codes, time_ns, index_price, mark = rows.code, rows.time_ns, rows.index_price, rows.mark
-    linear, expiry_ns, strike, sign = names.linear, names.expiry_ns, names.strike, names.sign
+    linear, expiry_ns, strike = names.linear, names.expiry_ns, names.strike
     counts, chosen, iv = work.counts, work.forward, work.iv
-    f, k, t, mark_usd, mark_iv, log_moneyness, delta, call_delta, vega, _, _, _, _ = out
+    f, k, t, mark_usd, mark_iv, log_moneyness, call_delta, vega, _, _, _, _ = out
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
         code = codes[i]
@@ -784,9 +783,8 @@ def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-un
         if not _positive(usd_per_unit):
             usd_per_unit = f[j]
             counts[s, Count.mark_usd_by_forward] += 1
-        mark_usd[j] = mark[i] * usd_per_unit
-        delta[j], vega[j] = (0.0 if sign[code] > 0.0 else -1.0), (math.exp(-rate * t[j]) if linear[code] else 1.0)
-    _greeks(f, k, t, mark_iv, log_moneyness, call_delta, delta, vega)
+        mark_usd[j], vega[j] = mark[i] * usd_per_unit, math.exp(-rate * t[j]) if linear[code] else 1.0
+    _greeks(f, k, t, mark_iv, log_moneyness, call_delta, vega)
 
 # %% ../../nbs/10_market/13_chain.ipynb #70217bb5
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -813,7 +811,7 @@ def _quote_iv(price, given, suspect, solve, usd, forward, strike, t, sign, count
 def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ignore[no-untyped-def]
     _, codes, _, _, _, _, _, _, _, given_bid, given_ask, _, given_bid_iv, given_ask_iv = rows
     linear, sign, counts, quote_suspect = names.linear, names.sign, work.counts, work.quote_suspect
-    forward, strike, years, _, _, _, _, _, _, bid, ask, bid_iv, ask_iv = out
+    forward, strike, years, _, _, _, _, _, bid, ask, bid_iv, ask_iv = out
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
         code, f, k, t, c = codes[i], forward[j], strike[j], years[j], counts[s]
@@ -825,9 +823,7 @@ def _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out):  # type: ig
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _quotes(keep, snapshot, rows, names, work, quotes_tell, solve, rate, out):  # type: ignore[no-untyped-def]
-    out.bid_iv[:] = math.nan
-    out.ask_iv[:] = math.nan
+def _quotes(keep, snapshot, rows, names, work, quote_ivs, solve, rate, out):  # type: ignore[no-untyped-def]
     given_bid, given_ask, counts, out_bid, out_ask = rows.bid, rows.ask, work.counts, out.bid, out.ask
     for j in range(keep.size):
         i, s = keep[j], snapshot[j]
@@ -835,7 +831,9 @@ def _quotes(keep, snapshot, rows, names, work, quotes_tell, solve, rate, out):  
         counts[s, Count.two_sided] += bid > 0.0 and ask > 0.0
         counts[s, Count.crossed_quotes] += bid > ask
         out_bid[j], out_ask[j] = (math.nan, math.nan) if bid > ask else (bid, ask)
-    if solve or quotes_tell:
+    if quote_ivs:
+        out.bid_iv[:] = math.nan
+        out.ask_iv[:] = math.nan
         _quote_ivs(keep, snapshot, rows, names, work, solve, rate, out)
 
 # %% ../../nbs/10_market/13_chain.ipynb #844b41b5
@@ -847,7 +845,7 @@ def _category_type(categories: tuple[str, ...]) -> pd.CategoricalDtype:
 
 def _assemble(
     raw: dict[str, Any], keep: np.ndarray, snapshot: np.ndarray, code: np.ndarray, names: _Names, assets: list[str], error: np.ndarray,
-    made: _Computed,
+    made: _Computed, quote_ivs: bool,
 ) -> LazyColumns:
     """The chain's columns from its parts; arrays are not copied."""
     at = slice(None) if keep.size == code.size else keep.view(np.int64)  # numpy indexes by signed numbers
@@ -855,6 +853,8 @@ def _assemble(
     def kind(codes: np.ndarray, *categories: str) -> Any:
         return lambda: pd.Categorical.from_codes(codes.astype(np.int8).take(of), dtype=_category_type(categories), validate=False)
     def kept(column: str) -> Any: return lambda: raw[column][at]
+    def iv(column: np.ndarray) -> Any: return column if quote_ivs else lambda: np.full(keep.size, np.nan)
+    def delta() -> np.ndarray: return made.call_delta - (names.sign.take(of) < 0.0)
     def mismatch() -> np.ndarray: return np.abs(error[snapshot, names.expiry_id.take(of)]) > FORWARD_TOLERANCE
     greeks = [name for name in raw if name.startswith("greek_") and not np.isnan(raw[name]).all()]
     return LazyColumns({
@@ -862,9 +862,9 @@ def _assemble(
         "underlying": kind(names.asset, *assets), "settlement": kind(names.linear, "inverse", "linear"),
         "expiry": lambda: _utc_index(names.expiry_ns.take(of)), "option_type": kind(names.sign < 0, "C", "P"), "strike": made.strike,
         "forward": made.forward, "index_price": kept("index_price"), "mark_price": kept("mark_price"), "mark_usd": made.mark_usd,
-        "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": made.bid_iv, "ask_iv": made.ask_iv, "mark_iv": made.mark_iv,
+        "best_bid_price": made.bid, "best_ask_price": made.ask, "bid_iv": iv(made.bid_iv), "ask_iv": iv(made.ask_iv), "mark_iv": made.mark_iv,
         "open_interest": kept("open_interest"), "volume": kept("volume"), "dte": lambda: made.t * DAYS_PER_YEAR, "t": made.t,
-        "log_moneyness": made.log_moneyness, "delta": made.delta, "abs_delta": lambda: np.abs(made.delta), "call_delta": made.call_delta,
+        "log_moneyness": made.log_moneyness, "delta": delta, "abs_delta": lambda: np.abs(delta()), "call_delta": made.call_delta,
         "vega": made.vega, "forward_mismatch": mismatch, **{name: kept(name) for name in greeks},
     })
 
@@ -922,8 +922,8 @@ def normalize_chain(
     keep, snapshot = _tally(rows, names, work)
     made = _Computed._make(np.empty((len(_Computed._fields), keep.size)))
     _enrich(keep, snapshot, rows, names, work, risk_free_rate, made)
-    _quotes(keep, snapshot, rows, names, work, quotes_tell, quote_iv, risk_free_rate, made)
+    _quotes(keep, snapshot, rows, names, work, quote_iv or quotes_tell, quote_iv, risk_free_rate, made)
     totals = dict(zip(_COUNT_NAMES, work.counts.sum(axis=0).tolist(), strict=True))
     log.info("chain: %s", ", ".join(f"{name} {count}" for name, count in totals.items() if count))
-    return Chain(_assemble(columns, keep, snapshot, rows.code, names, assets, work.error, made), totals,
+    return Chain(_assemble(columns, keep, snapshot, rows.code, names, assets, work.error, made, quote_iv or quotes_tell), totals,
                  _tallies(columns["snapshot"], rows, work.counts))
