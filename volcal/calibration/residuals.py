@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from ..market.pricing import fast_log, price_scalar
+from ..market.pricing import fast_log, price_scalar, wide_vectors
 from ..units import ConfigError
 
 # %% auto #0
@@ -31,6 +31,7 @@ def price_scale(
 @njit(cache=True, nogil=True, error_model="numpy")
 def residual_kernel(mark, mark_iv, synthetic_iv, forward, strike, t, sign, scale, price, pct_error, iv_error):
     """Synthetic price (native), percent error and IV error of each row; rows without a synthetic IV get NaN."""
+    wide_vectors()
     for i in range(mark.size):
         price[i] = price_scalar(forward[i], strike[i], t[i], synthetic_iv[i], sign[i]) * scale[i]
         pct_error[i] = (price[i] / mark[i] - 1.0) * 100.0

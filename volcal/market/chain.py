@@ -19,7 +19,7 @@ from numba import njit
 
 from .implied import implied_vol_scalar
 from .instruments import format_instrument, instrument_columns, settlement_of
-from .pricing import black76_price, call_delta_scalar, fast_log, price_scalar, vega_scalar
+from .pricing import black76_price, call_delta_scalar, fast_log, price_scalar, vega_scalar, wide_vectors
 from volcal.units import (
     DAYS_PER_YEAR, EXPIRY_HOUR_UTC, NS_PER_DAY, NS_PER_YEAR, SETTLEMENT_MINUTES, ConfigError, SchemaError, epoch_ns, to_utc, year_fraction,
 )
@@ -763,6 +763,7 @@ class _Computed(NamedTuple):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _greeks(f, k, t, iv, log_moneyness, call_delta, vega):  # type: ignore[no-untyped-def]
     """Vega holds the discount factor; a loop without branches."""
+    wide_vectors()
     for j in range(f.size):
         fj, kj, tj, vj = f[j], k[j], t[j], iv[j]  # read before anything is written, so that both greeks share their work
         up, slope = call_delta_scalar(fj, kj, tj, vj), vega_scalar(fj, kj, tj, vj)
@@ -771,6 +772,7 @@ def _greeks(f, k, t, iv, log_moneyness, call_delta, vega):  # type: ignore[no-un
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _enrich(keep, snapshot, rows, names, work, rate, out):  # type: ignore[no-untyped-def]
+    wide_vectors()
     codes, time_ns, index_price, mark = rows.code, rows.time_ns, rows.index_price, rows.mark
     linear, expiry_ns, strike = names.linear, names.expiry_ns, names.strike
     counts, chosen, iv = work.counts, work.forward, work.iv

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from volcal.market.pricing import (
-    INLINE, INV_SQRT_2PI, KERNEL, SQRT_HALF, _horner, as_columns, as_sign, fast_erfcx, fast_exp, fast_log, fma,
+    INLINE, INV_SQRT_2PI, KERNEL, SQRT_HALF, _horner, as_columns, as_sign, fast_erfcx, fast_exp, fast_log, fma, wide_vectors,
 )
 
 # %% auto #0
@@ -221,12 +221,14 @@ def implied_vol_scalar(
 # %% ../../nbs/10_market/12_implied.ipynb #8ad4ed48
 @njit(**KERNEL)
 def _fast_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any) -> None:
+    wide_vectors()
     for i in range(iv.size):
         iv[i] = _fast_path(price[i], f[i], k[i], t[i], sign[i])
 
 # %% ../../nbs/10_market/12_implied.ipynb #ea274539
 @njit(**KERNEL)
 def _slow_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any, left: Any, work: Any) -> None:
+    wide_vectors()
     count = 0
     for i in range(iv.size):
         code = OK
@@ -246,6 +248,7 @@ def _slow_block(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: 
 @njit(**KERNEL)
 def implied_vol_loop(price: Any, f: Any, k: Any, t: Any, sign: Any, iv: Any, reason: Any) -> None:
     """Fill iv (float64) and reason (int8) from contiguous float64 columns of one length; prices undiscounted."""
+    wide_vectors()
     left, work = np.empty(1024, dtype=np.int64), np.empty((4, 1024))
     for a in range(0, iv.size, 1024):
         b = min(a + 1024, iv.size)

@@ -15,9 +15,9 @@ from numba.extending import intrinsic
 from ..units import DAYS_PER_YEAR, VOL_POINT, PricingError
 
 # %% auto #0
-__all__ = ['KERNEL', 'INLINE', 'SQRT_HALF', 'INV_SQRT_2PI', 'fma', 'fast_exp', 'fast_log', 'fast_erfcx', 'norm_cdf_scalar',
-           'price_scalar', 'call_delta_scalar', 'vega_scalar', 'option_sign', 'as_sign', 'as_columns', 'black76_price',
-           'Greeks', 'black76_greeks', 'bs_call_price', 'bs_put_price']
+__all__ = ['KERNEL', 'INLINE', 'SQRT_HALF', 'INV_SQRT_2PI', 'fma', 'wide_vectors', 'fast_exp', 'fast_log', 'fast_erfcx',
+           'norm_cdf_scalar', 'price_scalar', 'call_delta_scalar', 'vega_scalar', 'option_sign', 'as_sign',
+           'as_columns', 'black76_price', 'Greeks', 'black76_greeks', 'bs_call_price', 'bs_put_price']
 
 # %% ../../nbs/10_market/11_pricing.ipynb #c1f3dfbb
 KERNEL: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
@@ -35,6 +35,18 @@ def _fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 fma: Any = intrinsic(_fma)
+
+# %% ../../nbs/10_market/11_pricing.ipynb #a56dc0aa
+def _wide_vectors(typing_context: Any) -> Any:
+    """Ask for vectors of 512 bits in the function that says so, for compiled code only."""
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own `add` knows no attributes with a value
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+wide_vectors: Any = intrinsic(_wide_vectors)
 
 # %% ../../nbs/10_market/11_pricing.ipynb #6d2e11a9
 @njit(**INLINE)
@@ -223,6 +235,7 @@ def as_columns(
 # %% ../../nbs/10_market/11_pricing.ipynb #1939dc1f
 @njit(**KERNEL)
 def _price_loop(f: Any, k: Any, t: Any, iv: Any, sign: Any, out: Any) -> None:
+    wide_vectors()
     for i in range(out.size):
         out[i] = price_scalar(f[i], k[i], t[i], iv[i], sign[i])
 
@@ -264,6 +277,7 @@ class Greeks(NamedTuple):
 # %% ../../nbs/10_market/11_pricing.ipynb #6ee612c9
 @njit(**KERNEL)
 def _greeks_loop(f: Any, k: Any, t: Any, iv: Any, sign: Any, price: Any, delta: Any, gamma: Any, vega: Any, theta: Any) -> None:
+    wide_vectors()
     for i in range(price.size):
         root_t = math.sqrt(t[i])
         s = iv[i] * root_t

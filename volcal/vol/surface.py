@@ -13,7 +13,7 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from .. import settings as defaults
-from ..market.pricing import INLINE, INV_SQRT_2PI, SQRT_HALF, call_delta_scalar, fast_erfcx, fast_exp, fast_log, norm_cdf_scalar
+from ..market.pricing import INLINE, INV_SQRT_2PI, SQRT_HALF, call_delta_scalar, fast_erfcx, fast_exp, fast_log, norm_cdf_scalar, wide_vectors
 from ..settings import get_settings
 from ..units import ConfigError, PricingError
 from .overrides import override_multiplier_at
@@ -239,6 +239,7 @@ def _pass_money(smile):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _segments(smile, deltas, ratios, quantiles):
     """Segment, slope and bracket of every row; beyond the outermost nodes, and at the money itself, the ratio is flat."""
+    wide_vectors()
     level, k, root_t, money, c, r, next_c, next_r, slope, low, high, iv = smile
     for j in range(k.size):
         d1 = 0.5 * level[j] * root_t[j]
@@ -284,6 +285,7 @@ def _root_step(level, k, root_t, c, r, slope, low, high, iv):
 @njit(cache=True, nogil=True, error_model="numpy")
 def _roots(smile, there):
     """IV of every row, from the middle of its bracket."""
+    wide_vectors()
     level, k, root_t, _, c, r, _, _, slope, low, high, iv = smile
     for _ in range(SKEW_ROUNDS):
         for j in range(iv.size):
@@ -307,6 +309,7 @@ def _cut_smile(columns, n):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _solve_rows(rows, level, forward, strike, t, deltas, ratios, quantiles, smile, there, out):
+    wide_vectors()
     for j in range(rows.size):
         i = rows[j]
         smile.level[j], smile.k[j], smile.root_t[j] = level[i], strike[i] / forward[i], t[i]
@@ -321,6 +324,7 @@ def _solve_rows(rows, level, forward, strike, t, deltas, ratios, quantiles, smil
 @njit(cache=True, nogil=True, error_model="numpy")
 def skewed_iv_kernel(level, forward, strike, t, dte, min_dte, max_dte, deltas, ratios, out):
     """IV of rows that solves iv = level x ratio(call delta at iv); the plain level outside [min_dte, max_dte], without nodes and for invalid input."""
+    wide_vectors()
     rows, columns, there, n = np.empty(_SMILE_ROWS, dtype=np.int64), np.empty((12, _SMILE_ROWS)), np.empty(_SMILE_ROWS, dtype=np.bool_), 0
     quantiles = np.array([_normal_quantile(c) for c in deltas])
     for i in range(out.size):
