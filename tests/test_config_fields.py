@@ -142,6 +142,11 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], tuple[st
 }
 
 
+def unchanged(value: Any) -> Any:
+    """Equal to a value but for the rounding of its sums: rows are added up by cells, and more groups make other cells."""
+    return pytest.approx(value, rel=1e-12, abs=0.0, nan_ok=True) if isinstance(value, float) else value
+
+
 @pytest.mark.parametrize("field", sorted(TABLE))
 def test_a_field_changes_what_it_should_and_nothing_else(field: str, run: Callable[..., dict[str, Any]], roots: dict[str, Path]) -> None:
     base, change, differs, stays = TABLE[field]
@@ -152,7 +157,7 @@ def test_a_field_changes_what_it_should_and_nothing_else(field: str, run: Callab
         assert path in one or path in other, f"{path} is in neither result"
         assert one.get(path) != other.get(path), f"{field}: {path} is {one.get(path)} both times"
     for path in stays:
-        assert path in one and one[path] == other.get(path), f"{field}: {path} was {one.get(path)} and is {other.get(path)}"
+        assert path in one and other.get(path) == unchanged(one[path]), f"{field}: {path} was {one.get(path)} and is {other.get(path)}"
 
 
 def test_the_table_names_every_field() -> None:
@@ -166,7 +171,7 @@ def test_regimes_label_and_report_and_change_no_fit(roots: dict[str, Path], run:
     model.to_json(tmp_path / "model.json")
     one, other = run(), run(regimes=str(tmp_path / "model.json"))
     for path in (*HEADLINE, *SURFACE, *DATA):
-        assert one[path] == other[path], path
+        assert other[path] == unchanged(one[path]), path
     shares = {name: other[f"environment_summary.{name}.share"] for name in model.names}
     assert shares == pytest.approx({name: (model.predict(sensors) == i).mean() for i, name in enumerate(model.names)})
     assert sum(other[f"environment_summary.{name}.count"] for name in model.names) == other["count"]
