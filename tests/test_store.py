@@ -482,3 +482,14 @@ def test_columns_asked_for_are_those_of_a_whole_reading(tmp_path):
         few, every = (store.read_batch(store.find("BTC"), columns).frame for columns in (wanted, None))
         pd.testing.assert_frame_equal(few, every[["snapshot", *wanted]])
         store.compact("BTC", DAY)
+
+
+def test_a_field_within_a_column_says_nothing_of_the_column_of_its_name(tmp_path):
+    table = pa.Table.from_pandas(snapshot(5), preserve_index=False)
+    nested = pa.array([{"mark_iv": None, "instrument_name": None}] * len(table), pa.struct([("mark_iv", pa.float64()), ("instrument_name", pa.string())]))
+    put(tmp_path, 5, table.append_column("extra", nested))
+    store = Store(tmp_path)
+    small = as_rows(day_of(store))
+    assert small["mark_iv"].eq(45.0).all()
+    store.compact("BTC", DAY)
+    pd.testing.assert_frame_equal(as_rows(day_of(store)), small)

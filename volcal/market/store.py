@@ -696,7 +696,8 @@ def _all_null(numbers: Iterable[pq.Statistics | None]) -> bool:
 
 def _undecided(meta: pq.FileMetaData, wanted: Sequence[str], only: str | None) -> list[str]:
     """The columns of a day file that have to be decoded: its footer leaves open what is in them."""
-    at, groups, out = {name: i for i, name in enumerate(meta.schema.names)}, [meta.row_group(i) for i in range(meta.num_row_groups)], []
+    at = {meta.schema.column(i).path: i for i in range(meta.num_columns)}  # a field within a column may bear another column's name
+    groups, out = [meta.row_group(i) for i in range(meta.num_row_groups)], []
     for name in (c for c in wanted if c in at):
         told = (group.column(at[name]).statistics for group in groups)
         proved = COLUMN_KINDS[name] == "number" and _all_null(told) or name == "instrument_name" and only is not None and _all_of(told, only)

@@ -323,7 +323,10 @@ def _solve_rows(rows, level, forward, strike, t, deltas, ratios, quantiles, smil
 # %% ../../nbs/20_vol/25_surface.ipynb #d2bf2fd8
 @njit(cache=True, nogil=True, error_model="numpy")
 def skewed_iv_kernel(level, forward, strike, t, dte, min_dte, max_dte, deltas, ratios, out):
-    """IV of rows that solves iv = level x ratio(call delta at iv); the plain level outside [min_dte, max_dte], without nodes and for invalid input."""
+    """IV of rows that solves iv = level x ratio(call delta at iv); the plain level outside [min_dte, max_dte], without nodes and for invalid input.
+
+    Where the ratios are so steep that several IVs solve it, it is the one beyond the last node passed. Beyond strike / forward = 1e300 input is invalid too.
+    """
     wide_vectors()
     rows, columns, there, n = np.empty(_SMILE_ROWS, dtype=np.int64), np.empty((12, _SMILE_ROWS)), np.empty(_SMILE_ROWS, dtype=np.bool_), 0
     quantiles = np.array([_normal_quantile(c) for c in deltas])
