@@ -166,6 +166,16 @@ class Backwards(Executor):
         return future
 
 
+@pytest.mark.parametrize("sides", [{"call": {0.25: 0.9}, "put": {0.25: 1.1}}, {"call": {0.15: 0.9, 0.25: 0.95}, "put": {0.25: 1.1, 0.35: 1.05}}, {"put": {0.25: 1.1}}, {}])
+def test_a_surface_without_all_anchors_is_judged(sides: dict[str, Any]) -> None:
+    """A fit on thin data leaves anchors out, and the next run judges what it left."""
+    skew = calibrate(SAMPLE, vol_surface={"skew": {"anchor_ratios_by_side": sides}}, option_types=["C", "P"]).current_skew
+    for delta in (0.15, 0.25, 0.35):
+        known = [table.get(delta) for table in sides.values()]
+        assert skew.anchor_ratios[str(delta)] == (None if not known or None in known else pytest.approx(sum(known) / len(known)))
+    assert {side: {float(d): r for d, r in table.items() if r is not None} for side, table in skew.anchor_ratios_by_side.items()} == sides
+
+
 def test_two_runs_give_the_same_bytes(sample_pass: CalibrationResult) -> None:
     assert same(sample_pass, calibrate(SAMPLE, **FULL))
 

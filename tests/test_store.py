@@ -297,6 +297,62 @@ def test_a_damaged_day_file_is_never_written_over(tmp_path):
     assert [r.time.minute for r in day_of(store).refs] == [5]
 
 
+def in_pages(whole: bytes, rng: np.random.Generator) -> bytes:
+    """A Parquet file with one bit of its pages turned; the footer is as it was."""
+    pages = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    damaged = bytearray(whole)
+    damaged[rng.integers(4, pages)] ^= 1 << rng.integers(8)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_turned_bit_makes_a_file_unreadable_and_never_other_numbers(tmp_path, compacted):
+    store = Store(tmp_path)
+    for minute in (0, 5):
+        store.write_snapshot(snapshot(minute, rows=40), "BTC", MIDNIGHT + pd.Timedelta(minutes=minute))
+    if compacted:
+        store.compact("BTC", DAY)
+    path, good, rng, lost = Path(store.find("BTC")[0].path), as_rows(day_of(store)), np.random.default_rng(0), 0
+    whole = path.read_bytes()
+    for _ in range(200):
+        path.write_bytes(in_pages(whole, rng))
+        found = day_of(Store(tmp_path))
+        assert {f.reason for f in found.failures} <= {"unreadable"}
+        lost += len(found.failures) > 0
+        if len(found):
+            now = as_rows(found)
+            expected = good[good["minute"].isin(now["minute"])]
+            pd.testing.assert_frame_equal(now.drop(columns="snapshot"), expected.drop(columns="snapshot").reset_index(drop=True))
+        else:
+            assert len(found.failures) == 2
+    assert lost > 100
+
+
+def test_a_damaged_day_file_is_not_merged_into_a_new_one(tmp_path):
+    store = Store(tmp_path)
+    put(tmp_path, 0, snapshot(0, rows=40))
+    store.compact("BTC", DAY)
+    path, rng = Path(store.find("BTC")[0].path), np.random.default_rng(1)
+    whole, damaged = path.read_bytes(), b""
+    while not day_of(Store(tmp_path)).failures:
+        path.write_bytes(damaged := in_pages(whole, rng))
+    late = put(tmp_path, 5, PLAIN)
+    with pytest.raises(StoreError, match="checksum|read"):
+        store.compact("BTC", DAY)
+    assert path.read_bytes() == damaged and late.exists()
+
+
+def test_a_text_whose_number_has_no_text_is_counted(tmp_path):
+    """Files of writers without checksums: a number beyond the dictionary is seen before it is looked up."""
+    plain = pa.Table.from_pandas(snapshot(0, rows=40), preserve_index=False).replace_schema_metadata(None)
+    whole = put(tmp_path, 0, plain).read_bytes()
+    rng, seen = np.random.default_rng(2), set()
+    for _ in range(400):
+        put(tmp_path, 0, in_pages(whole, rng))
+        seen |= {failure.detail for failure in day_of(Store(tmp_path)).failures}
+    assert any("dictionary" in detail or "ndex" in detail for detail in seen)
+
+
 # --- killed processes ----------------------------------------------------------------------------------------------
 
 # Children come from a server that has imported everything before, so that killing many of them is cheap.

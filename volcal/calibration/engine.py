@@ -191,7 +191,7 @@ def _skew_block(skew: SkewSurface, config: CalibrationConfig, fitted: FittedSkew
     pooled = fitted.pooled if fitted else skew.anchor_ratios
     if pooled is None:
         used = [sides[name] for name in pooled_sides(config.option_types) if name in sides]
-        pooled = {d: float(np.mean([side[d] for side in used])) for d in ANCHOR_DELTAS} if used else {}
+        pooled = {d: float(np.mean([side[d] for side in used])) for d in ANCHOR_DELTAS if used and all(d in side for side in used)}
     return SkewFit(
         anchor_ratios={anchor_key(d): pooled.get(d) for d in ANCHOR_DELTAS},
         anchor_ratios_by_side={s: {anchor_key(d): t.get(d) for d in ANCHOR_DELTAS} for s, t in sides.items()},

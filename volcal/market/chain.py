@@ -31,7 +31,7 @@ __all__ = ['log', 'NOT_A_TIME', 'NEEDED_COLUMNS', 'TEXT_COLUMNS', 'NUMBER_COLUMN
            'DECIMAL_IV_MEDIAN', 'NO_QUOTE_IV', 'MONEY_BAND', 'FORWARD_TOLERANCE', 'SCATTER_TOLERANCE', 'MIN_PAIRS',
            'MARK_TOLERANCE', 'MARK_FLOOR', 'MIN_MARKS_TESTED', 'FORWARD_MODES', 'sample_snapshot', 'epoch_scale',
            'epoch_to_ns', 'read_numbers', 'read_texts', 'read_times', 'read_expiries', 'harmonise', 'Count',
-           'LazyColumns', 'Chain', 'read_only', 'parity_forward', 'normalize_chain']
+           'LazyColumns', 'Chain', 'read_only', 'parity_forward', 'median_of', 'normalize_chain']
 
 # %% ../../nbs/10_market/13_chain.ipynb #a72d8761
 def sample_snapshot(
@@ -549,10 +549,19 @@ def _money(s, lo, hi, pairs):  # type: ignore[no-untyped-def]
 
 # %% ../../nbs/10_market/13_chain.ipynb #560cd356
 @njit(cache=True, nogil=True, error_model="numpy")
-def _median(values):  # type: ignore[no-untyped-def]
-    """The median of a few values, which are left sorted."""
+def median_of(
+    values,  # (n,) at least one, none NaN; few are left sorted
+):  # type: ignore[no-untyped-def]
+    """The median, for compiled loops."""
     n = values.size
     if n > 64:
+        for p in values[:4]:
+            below = up_to = 0
+            for q in values:
+                below += q < p
+                up_to += q <= p
+            if below <= (n - 1) // 2 and up_to > n // 2:
+                return p
         return np.median(values)
     for i in range(1, n):
         x, j = values[i], i
@@ -580,10 +589,10 @@ def _expiry_parity(s, lo, hi, pairs, forwards, errors):  # type: ignore[no-untyp
                     m += 1
     if n == 0:
         return math.nan, math.nan, math.inf if both >= MIN_PAIRS else 0.0
-    middle, error = _median(forwards[:n]), _median(errors[:m]) if m else math.nan
+    middle, error = median_of(forwards[:n]), median_of(errors[:m]) if m else math.nan
     for i in range(n):
         forwards[i] = abs(forwards[i] / middle - 1.0)
-    return middle, error, _median(forwards[:n]) if n >= MIN_PAIRS else 0.0
+    return middle, error, median_of(forwards[:n]) if n >= MIN_PAIRS else 0.0
 
 # %% ../../nbs/10_market/13_chain.ipynb #9ea6a8d8
 @njit(cache=True, nogil=True, error_model="numpy")

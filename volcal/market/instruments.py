@@ -63,8 +63,8 @@ def _read_name(name: str) -> tuple[str, pd.Timestamp, float, str]:
     except ValueError as error:
         raise InstrumentNameError(f"{name!r} has no such date as {day}; the form is {NAME_FORM}") from error
     strike = float(strike_text.replace("d", "."))
-    if strike <= 0:
-        raise InstrumentNameError(f"{name!r} has a strike of zero, which no option has; the form is {NAME_FORM}")
+    if not 0 < strike < math.inf:
+        raise InstrumentNameError(f"{name!r} has a strike of {strike:g}, which no option has; the form is {NAME_FORM}")
     return asset, expiry, strike, option_type
 
 # %% ../../nbs/10_market/10_instruments.ipynb #6b515cec

@@ -613,10 +613,22 @@ class _Part(NamedTuple):
 
 def _opened(source: Any) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(source, read_dictionary=["instrument_name", "underlying", "expiry", "option_type"])
+        return pq.ParquetFile(source, read_dictionary=["instrument_name", "underlying", "expiry", "option_type"], page_checksum_verification=True)
     except KeyError:
         source.seek(0)
-        return pq.ParquetFile(source)
+        return pq.ParquetFile(source, page_checksum_verification=True)
+
+
+def _whole(source: Any, meta: pq.FileMetaData | None = None, use_threads: bool = True) -> pa.Table:
+    """Every column as it was written. Raises `OSError` where the checksum of a page does not agree."""
+    return pq.ParquetFile(source, metadata=meta, page_checksum_verification=True).read(use_threads=use_threads)
+
+
+def _columns_of(file: pq.ParquetFile, columns: Sequence[str], use_threads: bool) -> pa.Table:
+    """Some columns. Raises `pa.ArrowException` or `OSError` where bytes are damaged: by the checksum of their page, or where a text's number has no text."""
+    table = file.read(columns=columns, use_threads=use_threads)
+    table.validate(full=True)
+    return table
 
 
 def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
@@ -649,13 +661,13 @@ class _RawReader(SnapshotFinder):
         day_file = self._day_file(ref.asset, ref.day)
         if not _is_day_file(ref.path):
             try:
-                return _plain(pq.read_table(pa.BufferReader(self._files.read(ref.path)), use_threads=False))
+                return _plain(_whole(pa.BufferReader(self._files.read(ref.path)), use_threads=False))
             except FileNotFoundError:
                 if not self._files.exists(day_file):
                     raise
         with self._files.open(day_file) as source:
             index, meta = read_day_index(source)
-            return _snapshot_of(pq.ParquetFile(source, metadata=meta).read(), index, index.times.index(ref.time))
+            return _snapshot_of(_whole(source, meta), index, index.times.index(ref.time))
 
 # %% ../../nbs/10_market/15_store.ipynb #2cfc8562
 def _plain(table: pa.Table) -> pa.Table:
@@ -715,7 +727,7 @@ class _PartReader(_RawReader):
                 fault = shape.fault or (None if file.metadata.num_rows else ("no_rows", ()))
                 if fault:
                     return [SchemaFailure(ref.path, ref.time, *fault, found)]
-                table = file.read(columns=_needed(shape.schema, wanted), use_threads=False)
+                table = _columns_of(file, _needed(shape.schema, wanted), use_threads=False)
                 return [_Part([ref], [table.num_rows], table)]
         except FileNotFoundError:
             day_file = self._day_file(ref.asset, ref.day)
@@ -730,7 +742,7 @@ class _PartReader(_RawReader):
             with self._files.open(refs[0].path) as source:
                 file = _opened(source)
                 index = _index_in(file.metadata)
-                table = file.read(columns=_undecided(file.metadata, wanted, only), use_threads=pa.cpu_count() > 1)
+                table = _columns_of(file, _undecided(file.metadata, wanted, only), use_threads=pa.cpu_count() > 1)
         except _READ_ERRORS as error:
             return [SchemaFailure(ref.path, ref.time, "unreadable", detail=str(error)) for ref in refs]
         return _day_parts(table, index, refs)
@@ -903,14 +915,14 @@ def _bits(column: pa.ChunkedArray) -> pa.ChunkedArray:
 # %% ../../nbs/10_market/15_store.ipynb #8980e3af
 def _parquet(table: pa.Table, **options: Any) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **options)
+    pq.write_table(table, sink, write_page_checksum=True, **options)
     return sink.getvalue()
 
 
 def _same_shape(table: pa.Table) -> Callable[[Any], None]:
     """A check that bytes read back are Parquet of as many rows and the same schema."""
     def verify(data: Any) -> None:
-        back = pq.read_table(pa.BufferReader(data))
+        back = _whole(pa.BufferReader(data))
         if back.num_rows != table.num_rows or not back.schema.equals(table.schema):
             came = f"wrote {table.num_rows} rows but {back.num_rows} came back, or of other columns"
             raise StoreError(f"{came}; nothing was kept, check the disk and write again")
@@ -1021,7 +1033,7 @@ def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) ->
     """A check that bytes read back hold each snapshot, value by value."""
     def verify(data: Any) -> None:
         back, _ = read_day_index(pa.BufferReader(data))
-        table = pq.read_table(pa.BufferReader(data))
+        table = _whole(pa.BufferReader(data))
         whole = back == index and table.num_rows == sum(index.rows)
         if not whole or not all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times)):
             raise StoreError("the compacted day read back differs from its snapshots; nothing was changed, check the disk and try again")
@@ -1042,7 +1054,7 @@ def _stored(files: _LocalFiles | _RemoteFiles, path: str) -> dict[pd.Timestamp, 
     try:
         with files.open(path) as source:
             index, meta = read_day_index(source)
-            table = pq.ParquetFile(source, metadata=meta).read()
+            table = _whole(source, meta)
     except _READ_ERRORS as error:
         raise StoreError(f"the day file {path} cannot be read ({error}), so its day stays as it is; move it away to compact what lies beside it") from error
     return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
@@ -1159,7 +1171,7 @@ class Store(Compactor):
         if not self._files.exists(path):
             return None
         try:
-            return history_frame(pq.read_table(pa.BufferReader(self._files.read(path))).to_pandas(), kind)
+            return history_frame(_whole(pa.BufferReader(self._files.read(path))).to_pandas(), kind)
         except _READ_ERRORS as error:
             raise SchemaError(f"{path} cannot be read as a history: {error}; remove it and backfill again") from error
 

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from numba import njit
 
-from ..market.chain import Chain, normalize_chain
+from ..market.chain import Chain, median_of, normalize_chain
 from ..market.store import SchemaFailure, SnapshotRef, Store, group_by_day, select_snapshots, within_window
 from ..units import DAYS_PER_YEAR, NO_TIME_NS, NS_PER_DAY, ConfigError, NoUsableDataError, epoch_ns, to_utc
 from .realized import PriceSeries, RealizedVol, choose_price_series, from_candles, load_price_history, realized_vol
@@ -653,19 +653,6 @@ def _index_medians(start, index_price, index):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _median(values):
-    """The median. Forwards of an expiry are few, read again and again: one of the first values mostly is it, which counting shows."""
-    for p in values[:4]:
-        below = up_to = 0
-        for q in values:
-            below += q < p
-            up_to += q <= p
-        if below <= (len(values) - 1) // 2 and up_to > len(values) // 2:
-            return p
-    return np.median(values)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
 def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
     """Medians of each snapshot and expiry into the first so many of `of`, `expiry`, `middle`; how many. Rows are in order of snapshot."""
     found, ends, code = 0, np.empty(len(forward), dtype=np.int64), np.empty(len(forward), dtype=np.int64)
@@ -682,7 +669,7 @@ def _forward_medians(start, expiry_ns, forward, of, expiry, middle):
                 values[at[code[i]]] = forward[lo + i]
                 at[code[i]] += 1
         for j in np.argsort(ends[:k]):
-            of[found], expiry[found], middle[found] = s, ends[j], _median(values[fill[j] : fill[j + 1]])
+            of[found], expiry[found], middle[found] = s, ends[j], median_of(values[fill[j] : fill[j + 1]])
             found += 1
     return found
 
