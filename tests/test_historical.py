@@ -166,7 +166,9 @@ class Backwards(Executor):
         return future
 
 
-@pytest.mark.parametrize("sides", [{"call": {0.25: 0.9}, "put": {0.25: 1.1}}, {"call": {0.15: 0.9, 0.25: 0.95}, "put": {0.25: 1.1, 0.35: 1.05}}, {"put": {0.25: 1.1}}, {}])
+@pytest.mark.parametrize("sides", [
+    {"call": {0.25: 0.9}, "put": {0.25: 1.1}}, {"call": {0.15: 0.9, 0.25: 0.95}, "put": {0.25: 1.1, 0.35: 1.05}}, {"put": {0.25: 1.1}}, {},
+])
 def test_a_surface_without_all_anchors_is_judged(sides: dict[str, Any]) -> None:
     """A fit on thin data leaves anchors out, and the next run judges what it left."""
     skew = calibrate(SAMPLE, vol_surface={"skew": {"anchor_ratios_by_side": sides}}, option_types=["C", "P"]).current_skew

@@ -915,7 +915,9 @@ def ladder_table(result: CalibrationResult) -> Block:
         [_rung_label(r), f"{r.parameters or 0:,}", *metric_cells(r)[2:]] for r in result.error_ladder
     ]
     head = ["model", "parameters", *METRIC_HEAD[2:]]
-    return Block(html_table(head, rows, next((i for i, r in enumerate(result.error_ladder) if r.name == "recommended"), None)))
+    best = next((i for i, r in enumerate(result.error_ladder) if r.name == "recommended"), None)
+    told = f"All judge the same {result.error_ladder[0].count:,} options, those of some whole snapshots; what stands among the metrics has other figures there."
+    return Block(html_table(head, rows, best) + f'<p class="vc-quiet">{told}</p>')
 
 # %% ../../nbs/50_ops/49_report.ipynb #fbe3e15d
 def _chip(status: str) -> str:
