@@ -353,6 +353,64 @@ def test_a_text_whose_number_has_no_text_is_counted(tmp_path):
     assert any("dictionary" in detail or "ndex" in detail for detail in seen)
 
 
+@pytest.mark.parametrize(("said", "damaged"), [
+    (b'"rows": [40, 40]', b'"rows": [42, 40]'), (b'"rows": [40, 40]', b'"rows": [48, 32]'), (b'"rows": [40, 40]', b'"rows": [40,4.0]'),
+    (b'"schema_of": [0, 0]', b'"schema_of": [0, 1]'), (b'"minutes": ["0000", "0005"]', b'"minutes": ["0001", "0005"]'),
+    (b'"day": "2026-02-01"', b'"day": "2026-02-03"'), (b'"minutes": ["0000"', b'"minutes": [["000"'), (b"open_interest", b"opEn_interest"),
+])
+def test_a_damaged_footer_is_no_day(tmp_path, said, damaged):
+    """Pages have checksums, the footer has not: what it says of the snapshots has one of its own."""
+    store = Store(tmp_path)
+    for minute in (0, 5):
+        put(tmp_path, minute, snapshot(minute, rows=40))
+    store.compact("BTC", DAY)
+    path = Path(store.find("BTC")[0].path)
+    whole = path.read_bytes()
+    assert said in whole
+    path.write_bytes(broken := whole.replace(said, damaged))
+    found = day_of(Store(tmp_path))
+    assert len(found) == 0 and {f.reason for f in found.failures} <= {"unreadable", "missing_columns"} and found.failures
+    late = put(tmp_path, 7, PLAIN)
+    with pytest.raises(StoreError, match="cannot be read"):
+        Store(tmp_path).compact("BTC", DAY)
+    assert path.read_bytes() == broken and late.exists()
+
+
+def test_a_day_takes_in_nothing_that_it_could_not_give_back(tmp_path):
+    """A small file whose values cannot be read stays beside the day, which keeps the others."""
+    table = pa.Table.from_pandas(snapshot(0), preserve_index=False)
+    names = pa.array([b"BTC-27MAR26-80000-C", *5 * [b"BTC-\xff"]], pa.binary()).cast(pa.string(), safe=False)
+    odd = {1: table.set_column(1, "instrument_name", names), 2: table.set_column(0, "harvest_time", pa.array(6 * [1 << 40], pa.timestamp("s", "UTC")))}
+    for minute, content in {0: snapshot(0), 3: snapshot(3), **odd}.items():
+        put(tmp_path, minute, content)
+    assert [f.reason for f in day_of(Store(tmp_path)).failures] == 2 * ["unreadable"]
+    report = Store(tmp_path).compact("BTC", DAY)
+    assert (report.snapshots, [f.reason for f in report.left]) == (2, 2 * ["unreadable"])
+    found = day_of(Store(tmp_path))
+    assert len(found) == 12 and len(found.failures) == 2
+    with pytest.raises(SchemaError, match="not written"):
+        Store(tmp_path).write_snapshot(odd[1], "BTC", f"{DAY}T00:09")
+
+
+def test_texts_that_are_not_read_as_dictionaries_are_read_plainly(tmp_path):
+    """Encodings of other writers, DuckDB's second format among them."""
+    table = pa.Table.from_pandas(snapshot(0), preserve_index=False)
+    for minute in (0, 1):
+        encoding = {"use_dictionary": False, "column_encoding": {"instrument_name": "DELTA_LENGTH_BYTE_ARRAY"}} if minute else {}
+        pq.write_table(table, put(tmp_path, minute, PLAIN), **encoding)
+    found = day_of(Store(tmp_path))
+    assert not found.failures and list(found.frame["instrument_name"][:6]) == list(found.frame["instrument_name"][6:])
+
+
+def test_columns_that_stand_there_twice_are_refused_when_written(tmp_path):
+    times = pd.date_range(DAY, periods=3, freq="1h", tz="UTC")
+    candles = pd.DataFrame(1.0, index=range(3), columns=["open", "high", "low", "close", "close"]).assign(timestamp=times)
+    doubled = pa.Table.from_pandas(snapshot(0).assign(own=1.0), preserve_index=False).append_column("own", pa.array(6 * [2.0]))
+    for act in (lambda: Store(tmp_path).write_history("BTC", "ohlc", candles), lambda: Store(tmp_path).write_snapshot(doubled, "BTC", DAY)):
+        with pytest.raises(SchemaError, match="more than once|duplicate"):
+            act()
+
+
 # --- killed processes ----------------------------------------------------------------------------------------------
 
 # Children come from a server that has imported everything before, so that killing many of them is cheap.

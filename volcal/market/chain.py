@@ -569,7 +569,8 @@ def median_of(
             values[j] = values[j - 1]
             j -= 1
         values[j] = x
-    return 0.5 * (values[(n - 1) // 2] + values[n // 2])
+    low, high = values[(n - 1) // 2], values[n // 2]
+    return low if low == high else 0.5 * (low + high)
 
 # %% ../../nbs/10_market/13_chain.ipynb #24b41f14
 @njit(cache=True, nogil=True, error_model="numpy")

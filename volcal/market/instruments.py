@@ -77,8 +77,11 @@ def parse_instrument(
 
 # %% ../../nbs/10_market/10_instruments.ipynb #d0544e5e
 def _strike_text(strike: float) -> str:
-    """90000, or 2d05; at most ten decimals."""
-    return f"{float(strike):.10f}".rstrip("0").rstrip(".").replace(".", "d")
+    """90000, or 2d05; at most ten decimals. Raises `InstrumentNameError` for what is no number."""
+    try:
+        return f"{float(strike):.10f}".rstrip("0").rstrip(".").replace(".", "d")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InstrumentNameError(f"a strike of {str(strike)[:20]!r} is no number, so no name has it; the form is {NAME_FORM}") from error
 
 # %% ../../nbs/10_market/10_instruments.ipynb #2c1fbaa8
 def format_instrument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -405,18 +406,32 @@ def _minutes(day: date, texts: Sequence[str]) -> list[pd.Timestamp]:
 
 @functools.lru_cache(maxsize=1024)
 def _index_of(text: bytes) -> DayIndex:
-    """What a footer says; remembered, since a day is found, read for prices and read for its options."""
-    index = json.loads(text)
-    times = tuple(_minutes(date.fromisoformat(index["day"]), index["minutes"]))
-    schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in index["schemas"])
-    return DayIndex(times, tuple(index["rows"]), tuple(index["schema_of"]), schemas)
+    """What a footer says; remembered, since a day is found, read for prices and read for its options. Raises `ValueError` for one that cannot be."""
+    try:
+        said = json.loads(text)
+        digest = said.pop("digest", None)
+        times, rows, schema_of = tuple(_minutes(date.fromisoformat(said["day"]), said["minutes"])), tuple(said["rows"]), tuple(said["schema_of"])
+        schemas = tuple(pa.ipc.read_schema(pa.BufferReader(base64.b64decode(s))) for s in said["schemas"])
+        sound = len(times) == len(rows) == len(schema_of) and all(type(n) is int and n > 0 for n in rows) and set(schema_of) <= set(range(len(schemas)))
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"its list of snapshots makes no sense: {error}") from error
+    if not sound or list(times) != sorted(set(times)) or digest not in (None, _index_digest(said)):
+        raise ValueError("its list of snapshots contradicts itself, so the file is damaged")
+    return DayIndex(times, rows, schema_of, schemas)
+
+
+def _index_digest(said: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _index_in(meta: pq.FileMetaData) -> DayIndex:
     text = (meta.metadata or {}).get(_INDEX_KEY)
     if text is None:
         raise SchemaError("this day file does not say which snapshots it holds, so none is read; write it by Store.compact or move it")
-    return _index_of(text)
+    index = _index_of(text)
+    if sum(index.rows) != meta.num_rows:
+        raise ValueError(f"its list of snapshots has {sum(index.rows)} rows, the file {meta.num_rows}: it is damaged")
+    return index
 
 
 def read_day_index(
@@ -619,16 +634,16 @@ def _opened(source: Any) -> pq.ParquetFile:
         return pq.ParquetFile(source, page_checksum_verification=True)
 
 
-def _whole(source: Any, meta: pq.FileMetaData | None = None, use_threads: bool = True) -> pa.Table:
-    """Every column as it was written. Raises `OSError` where the checksum of a page does not agree."""
-    return pq.ParquetFile(source, metadata=meta, page_checksum_verification=True).read(use_threads=use_threads)
-
-
-def _columns_of(file: pq.ParquetFile, columns: Sequence[str], use_threads: bool) -> pa.Table:
+def _columns_of(file: pq.ParquetFile, columns: Sequence[str] | None, use_threads: bool) -> pa.Table:
     """Some columns. Raises `pa.ArrowException` or `OSError` where bytes are damaged: by the checksum of their page, or where a text's number has no text."""
     table = file.read(columns=columns, use_threads=use_threads)
     table.validate(full=True)
     return table
+
+
+def _whole(source: Any, meta: pq.FileMetaData | None = None, use_threads: bool = True) -> pa.Table:
+    """Every column as it was written. Raises as `_columns_of`."""
+    return _columns_of(pq.ParquetFile(source, metadata=meta, page_checksum_verification=True), None, use_threads)
 
 
 def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
@@ -727,7 +742,11 @@ class _PartReader(_RawReader):
                 fault = shape.fault or (None if file.metadata.num_rows else ("no_rows", ()))
                 if fault:
                     return [SchemaFailure(ref.path, ref.time, *fault, found)]
-                table = _columns_of(file, _needed(shape.schema, wanted), use_threads=False)
+                needed = _needed(shape.schema, wanted)
+                try:
+                    table = _columns_of(file, needed, use_threads=False)
+                except (pa.ArrowException, OSError):  # damaged, or of an encoding that Arrow does not read as dictionaries
+                    table = _whole(pa.BufferReader(self._files.read(ref.path)), use_threads=False).select(needed)
                 return [_Part([ref], [table.num_rows], table)]
         except FileNotFoundError:
             day_file = self._day_file(ref.asset, ref.day)
@@ -742,6 +761,9 @@ class _PartReader(_RawReader):
             with self._files.open(refs[0].path) as source:
                 file = _opened(source)
                 index = _index_in(file.metadata)
+                lost = {name for schema in index.schemas for name in schema.names}.difference(_shape_of(file).schema.names)
+                if lost:
+                    return [SchemaFailure(ref.path, ref.time, "missing_columns", tuple(sorted(lost))) for ref in refs]
                 table = _columns_of(file, _undecided(file.metadata, wanted, only), use_threads=pa.cpu_count() > 1)
         except _READ_ERRORS as error:
             return [SchemaFailure(ref.path, ref.time, "unreadable", detail=str(error)) for ref in refs]
@@ -856,12 +878,17 @@ def harvest_table(
     """A snapshot in the layout's order and types. Raises `SchemaError` for missing or unfit columns."""
     table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(None)
-    fault = check_schema(table.schema)
+    have = set(table.column_names)
+    doubled = tuple(sorted(c for c in have if table.column_names.count(c) > 1))
+    fault = check_schema(table.schema) or (("duplicate_columns", doubled) if doubled else None)
     if fault or not table.num_rows:
         reason, at_fault = fault or ("no_rows", ())
         has = f"it has {table.num_rows} rows of {', '.join(table.column_names)}"
         raise SchemaError(f"the snapshot is not written: {reason} {', '.join(at_fault)}; {has}")
-    have = set(table.column_names)
+    try:
+        table.validate(full=True)
+    except pa.ArrowException as error:
+        raise SchemaError(f"the snapshot is not written: its bytes are no values of their columns ({error})") from error
     layout = [c for c in COLUMN_KINDS if c in have or c not in OWN_COLUMNS]
     extra = [c for c in table.column_names if c not in COLUMN_KINDS]
     columns = [_layout_column(table, c) for c in layout] + [table.column(c) for c in extra]
@@ -1021,10 +1048,11 @@ def _widened(time: pd.Timestamp, table: pa.Table, target: pa.Schema) -> pa.Table
 
 # %% ../../nbs/10_market/15_store.ipynb #0f71e06b
 def _day_bytes(table: pa.Table, index: DayIndex, day: date) -> pa.Buffer:
-    text = {
+    text: dict[str, Any] = {
         "version": 1, "day": f"{day:%Y-%m-%d}", "minutes": [f"{t:%H%M}" for t in index.times], "rows": index.rows,
         "schema_of": index.schema_of, "schemas": [base64.b64encode(s.serialize()).decode() for s in index.schemas],
     }
+    text["digest"] = _index_digest(text)
     fields = [f.with_nullable(column.null_count > 0) for f, column in zip(table.schema, table.columns, strict=True)]
     return _parquet(pa.Table.from_arrays(table.columns, schema=pa.schema(fields, {_INDEX_KEY: json.dumps(text)})), compression="lz4")
 
@@ -1032,10 +1060,12 @@ def _day_bytes(table: pa.Table, index: DayIndex, day: date) -> pa.Buffer:
 def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) -> Callable[[Any], None]:
     """A check that bytes read back hold each snapshot, value by value."""
     def verify(data: Any) -> None:
-        back, _ = read_day_index(pa.BufferReader(data))
-        table = _whole(pa.BufferReader(data))
-        whole = back == index and table.num_rows == sum(index.rows)
-        if not whole or not all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times)):
+        try:
+            back, table = read_day_index(pa.BufferReader(data))[0], _whole(pa.BufferReader(data))
+            alike = back == index and all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times))
+        except _READ_ERRORS:
+            alike = False
+        if not alike:
             raise StoreError("the compacted day read back differs from its snapshots; nothing was changed, check the disk and try again")
     return verify
 
@@ -1055,9 +1085,9 @@ def _stored(files: _LocalFiles | _RemoteFiles, path: str) -> dict[pd.Timestamp, 
         with files.open(path) as source:
             index, meta = read_day_index(source)
             table = _whole(source, meta)
+        return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
     except _READ_ERRORS as error:
         raise StoreError(f"the day file {path} cannot be read ({error}), so its day stays as it is; move it away to compact what lies beside it") from error
-    return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
 
 # %% ../../nbs/10_market/15_store.ipynb #5d49ceaf
 def _compaction_fault(table: pa.Table, stored: pa.Table | None) -> tuple[str, tuple[str, ...]] | None:
@@ -1066,7 +1096,16 @@ def _compaction_fault(table: pa.Table, stored: pa.Table | None) -> tuple[str, tu
         return None if same_content(table, stored) else ("conflict", ())
     if "snapshot_time" in table.column_names:
         return "reserved_column", ("snapshot_time",)
-    return check_schema(table.schema) or (None if table.num_rows else ("no_rows", ()))
+    fault = check_schema(table.schema) or (None if table.num_rows else ("no_rows", ()))
+    return fault or (None if _readable(table) else ("unreadable", ()))
+
+
+def _readable(table: pa.Table) -> bool:
+    """Whether its values can be read as the layout's kinds: a day takes in nothing that it could not give back."""
+    with contextlib.suppress(pa.ArrowException):
+        _canonical(table, list(COLUMN_KINDS), table.num_rows)
+        return True
+    return False
 
 # %% ../../nbs/10_market/15_store.ipynb #09ffcb4d
 class _CompactReader(SnapshotWriter):
@@ -1141,6 +1180,9 @@ def history_frame(
 ) -> pd.DataFrame:  # `timestamp` (UTC, the candle's open) and its columns, in time order, each time once (the last wins)
     """Price or DVOL history in one form. Raises `SchemaError` without a time or the columns of its kind."""
     frame = raw.reset_index(drop=True).rename(columns=lambda c: str(c).removeprefix("dvol_"))
+    doubled = sorted(set(frame.columns[frame.columns.duplicated()]))
+    if doubled:
+        raise SchemaError(f"not a history of {kind}: {', '.join(doubled)} stands there more than once; nothing was used")
     name = next((c for c in _TIME_NAMES if c in frame), None)
     missing = [c for c in KINDS_OF_HISTORY[kind] if c not in frame]
     if name is None or missing:
@@ -1186,6 +1228,9 @@ class Store(Compactor):
         with self._files.lock(self._path("_history")):
             old = self.read_history(asset, kind)
             merged = history_frame(pd.concat([old, history_frame(frame, kind)]) if old is not None else frame, kind)
-            table = pa.Table.from_pandas(merged, preserve_index=False).replace_schema_metadata(None)
+            try:
+                table = pa.Table.from_pandas(merged, preserve_index=False).replace_schema_metadata(None)
+            except pa.ArrowException as error:
+                raise SchemaError(f"the history of {asset} is not written: a column mixes what no one type holds ({error}); give numbers") from error
             self._files.put(path, _parquet(table, compression="zstd"), _same_shape(table))
         return path
