@@ -16,6 +16,7 @@ import os
 import re
 import time as clock
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,11 @@ def column_kind(
     return "number" if t.is_integer(dtype) or t.is_floating(dtype) or t.is_decimal(dtype) else "other"
 
 # %% ../../nbs/10_market/15_store.ipynb #a7b38264
+def _doubled(names: Iterable[str]) -> set[str]:
+    """Names that stand there more than once."""
+    return {name for name, times in Counter(names).items() if times > 1}
+
+
 def check_schema(
     schema: pa.Schema,  # of one file
 ) -> tuple[str, tuple[str, ...]] | None:  # reason and columns at fault; None where it is a snapshot
@@ -126,9 +132,9 @@ def check_schema(
     missing = tuple(c for c in REQUIRED_COLUMNS if c not in names and not (c in either and names & either))
     if missing:
         return "missing_columns", missing
-    doubled = tuple(c for c in COLUMN_KINDS if len(schema.get_all_field_indices(c)) > 1)
-    if doubled:
-        return "duplicate_columns", doubled
+    doubled = _doubled(schema.names)
+    if doubled & COLUMN_KINDS.keys():
+        return "duplicate_columns", tuple(c for c in COLUMN_KINDS if c in doubled)
     kinds = {c: column_kind(schema.field(c).type) for c in COLUMN_KINDS if c in names}
     wrong = tuple(c for c, kind in kinds.items() if kind != "none" and kind not in _ACCEPTED[COLUMN_KINDS[c]])
     return ("wrong_kind", wrong) if wrong else None
@@ -626,12 +632,15 @@ class _Part(NamedTuple):
     table: pa.Table
 
 
+_checked = functools.partial(pq.ParquetFile, page_checksum_verification=True)
+
+
 def _opened(source: Any) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(source, read_dictionary=["instrument_name", "underlying", "expiry", "option_type"], page_checksum_verification=True)
+        return _checked(source, read_dictionary=["instrument_name", "underlying", "expiry", "option_type"])
     except KeyError:
         source.seek(0)
-        return pq.ParquetFile(source, page_checksum_verification=True)
+        return _checked(source)
 
 
 def _columns_of(file: pq.ParquetFile, columns: Sequence[str] | None, use_threads: bool) -> pa.Table:
@@ -643,7 +652,7 @@ def _columns_of(file: pq.ParquetFile, columns: Sequence[str] | None, use_threads
 
 def _whole(source: Any, meta: pq.FileMetaData | None = None, use_threads: bool = True) -> pa.Table:
     """Every column as it was written. Raises as `_columns_of`."""
-    return _columns_of(pq.ParquetFile(source, metadata=meta, page_checksum_verification=True), None, use_threads)
+    return _columns_of(_checked(source, metadata=meta), None, use_threads)
 
 
 def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
@@ -653,6 +662,12 @@ def _needed(schema: pa.Schema, wanted: Sequence[str]) -> list[str]:
 # %% ../../nbs/10_market/15_store.ipynb #2099e7e4
 def _is_day_file(path: str) -> bool:
     return _SMALL.fullmatch(path.rsplit("/", 1)[-1]) is None
+
+
+def _day_in(source: Any) -> tuple[pa.Table, DayIndex]:
+    """A compacted file, every column of it, and its snapshots."""
+    index, meta = read_day_index(source)
+    return _whole(source, meta), index
 
 
 def _snapshot_of(table: pa.Table, index: DayIndex, number: int) -> pa.Table:
@@ -681,8 +696,8 @@ class _RawReader(SnapshotFinder):
                 if not self._files.exists(day_file):
                     raise
         with self._files.open(day_file) as source:
-            index, meta = read_day_index(source)
-            return _snapshot_of(_whole(source, meta), index, index.times.index(ref.time))
+            table, index = _day_in(source)
+        return _snapshot_of(table, index, index.times.index(ref.time))
 
 # %% ../../nbs/10_market/15_store.ipynb #2cfc8562
 def _plain(table: pa.Table) -> pa.Table:
@@ -736,7 +751,8 @@ class _PartReader(_RawReader):
     def _load_small(self, ref: SnapshotRef, wanted: Sequence[str]) -> list[_Part | SchemaFailure]:
         found: tuple[str, ...] = ()
         try:
-            with _opened(pa.BufferReader(self._files.read(ref.path))) as file:
+            data = pa.py_buffer(self._files.read(ref.path))
+            with _opened(pa.BufferReader(data)) as file:
                 shape = _shape_of(file)
                 found = tuple(shape.schema.names)
                 fault = shape.fault or (None if file.metadata.num_rows else ("no_rows", ()))
@@ -746,7 +762,7 @@ class _PartReader(_RawReader):
                 try:
                     table = _columns_of(file, needed, use_threads=False)
                 except (pa.ArrowException, OSError):  # damaged, or of an encoding that Arrow does not read as dictionaries
-                    table = _whole(pa.BufferReader(self._files.read(ref.path)), use_threads=False).select(needed)
+                    table = _columns_of(_checked(pa.BufferReader(data)), needed, use_threads=False)
                 return [_Part([ref], [table.num_rows], table)]
         except FileNotFoundError:
             day_file = self._day_file(ref.asset, ref.day)
@@ -878,9 +894,8 @@ def harvest_table(
     """A snapshot in the layout's order and types. Raises `SchemaError` for missing or unfit columns."""
     table = frame if isinstance(frame, pa.Table) else pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(None)
-    have = set(table.column_names)
-    doubled = tuple(sorted(c for c in have if table.column_names.count(c) > 1))
-    fault = check_schema(table.schema) or (("duplicate_columns", doubled) if doubled else None)
+    have, doubled = set(table.column_names), _doubled(table.column_names)
+    fault = check_schema(table.schema) or (("duplicate_columns", tuple(sorted(doubled))) if doubled else None)
     if fault or not table.num_rows:
         reason, at_fault = fault or ("no_rows", ())
         has = f"it has {table.num_rows} rows of {', '.join(table.column_names)}"
@@ -1061,7 +1076,7 @@ def _same_snapshots(snapshots: dict[pd.Timestamp, pa.Table], index: DayIndex) ->
     """A check that bytes read back hold each snapshot, value by value."""
     def verify(data: Any) -> None:
         try:
-            back, table = read_day_index(pa.BufferReader(data))[0], _whole(pa.BufferReader(data))
+            table, back = _day_in(pa.BufferReader(data))
             alike = back == index and all(same_content(_snapshot_of(table, back, i), snapshots[t]) for i, t in enumerate(back.times))
         except _READ_ERRORS:
             alike = False
@@ -1083,8 +1098,7 @@ def _stored(files: _LocalFiles | _RemoteFiles, path: str) -> dict[pd.Timestamp, 
         return {}
     try:
         with files.open(path) as source:
-            index, meta = read_day_index(source)
-            table = _whole(source, meta)
+            table, index = _day_in(source)
         return {t: _snapshot_of(table, index, i) for i, t in enumerate(index.times)}
     except _READ_ERRORS as error:
         raise StoreError(f"the day file {path} cannot be read ({error}), so its day stays as it is; move it away to compact what lies beside it") from error
@@ -1180,9 +1194,9 @@ def history_frame(
 ) -> pd.DataFrame:  # `timestamp` (UTC, the candle's open) and its columns, in time order, each time once (the last wins)
     """Price or DVOL history in one form. Raises `SchemaError` without a time or the columns of its kind."""
     frame = raw.reset_index(drop=True).rename(columns=lambda c: str(c).removeprefix("dvol_"))
-    doubled = sorted(set(frame.columns[frame.columns.duplicated()]))
+    doubled = _doubled(frame.columns)
     if doubled:
-        raise SchemaError(f"not a history of {kind}: {', '.join(doubled)} stands there more than once; nothing was used")
+        raise SchemaError(f"not a history of {kind}: {', '.join(sorted(doubled))} stands there more than once; nothing was used")
     name = next((c for c in _TIME_NAMES if c in frame), None)
     missing = [c for c in KINDS_OF_HISTORY[kind] if c not in frame]
     if name is None or missing:
