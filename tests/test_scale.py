@@ -9,7 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -573,6 +573,30 @@ def test_a_day_that_kills_every_cluster_worker_is_named(many_days: Path, monkeyp
     with dask.config.set(patient), distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as own:
         with open_executor(cluster=own.scheduler_address) as pool, pytest.raises(JobError, match="given BTC 2026-03-11 died"):
             calibrate(many_days, pool)
+
+
+class AccusesNeighbours(Executor):
+    """A scheduler's habit: a day that is with a worker when another kills it is accused too; alone it is not."""
+
+    def __init__(self) -> None:
+        self.accused: list[int] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        day, out = args[1][0], Future()
+        if day == 3 or (day in (2, 4) and day not in self.accused):
+            self.accused.append(day)
+            out.set_exception(executors._WorkersLost(f"day {day}"))
+        else:
+            out.set_result(fn(*args, **kwargs))
+        return out
+
+
+def test_a_day_that_is_accused_beside_the_killer_is_done_alone() -> None:
+    pool, found = AccusesNeighbours(), []
+    with pytest.raises(JobError, match="day 3"):
+        for one in executors.spread(abs, range(9), pool, Counter()):
+            found.append(one)
+    assert found == [0, 1, 2] and pool.accused.count(3) == 2
 
 
 def test_outcomes_that_were_taken_are_not_kept(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -150,6 +150,13 @@ class _Out:
         calls = [self._call(tasks[start : start + most]) for start in range(0, len(tasks), most)]
         self.calls.extendleft(reversed(calls))
 
+    def _alone(self, batch: list[Any], counts: Counter) -> list[Any]:
+        """A day whose workers died, once more when nothing else is out. Raises `_WorkersLost` where they die again."""
+        others, look = [future for _, future in self.calls], getattr(self.executor, "look", lambda: None)
+        while wait(others, WAIT_SECONDS).not_done:
+            look()
+        return _outcomes(self.work, batch, self._call(batch)[1], counts, self.executor)[1]
+
     def take(self, counts: Counter) -> list[Any]:
         """The next outcomes; none where their call was lost and goes out again, day by day."""
         batch, future = self.calls.popleft()
@@ -157,7 +164,7 @@ class _Out:
             seconds, found = _outcomes(self.work, batch, future, counts, self.executor)
         except _WorkersLost:
             if len(batch) == 1:
-                raise
+                return self._alone(batch, counts)
             self._again(batch, 1)
             return []
         self.pace.took(seconds, len(found))
